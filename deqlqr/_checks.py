@@ -1,0 +1,30 @@
+"""Checks of options that several modules make."""
+
+from typing import Any
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    """Return `value` if it is one of `allowed`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+    return value
+
+
+def at_least(name: str, value: float, least: float, *, strict: bool = False) -> float:
+    """Return `value` as a float if it is finite and not below `least` (above, if `strict`).
+
+    Raises:
+        ValueError: If it is out of range or no number.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a number, got {value!r}.") from error
+    if not (least < number if strict else least <= number) or number == float("inf"):
+        bound = f"above {least:g}" if strict else f"at least {least:g}"
+        raise ValueError(f"{name} must be finite and {bound}, got {value}.")
+    return number

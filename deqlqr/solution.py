@@ -1,0 +1,82 @@
+"""What a solve can end with: result codes per batch element, and the one exception type."""
+
+from enum import IntEnum
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+
+class ResultCode(IntEnum):
+    """Outcome of one solve; `message` says what it means and what to try next."""
+
+    message: str
+
+    def __new__(cls, code: int, message: str) -> "ResultCode":
+        """Attach the message to the integer code."""
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.message = message
+        return member
+
+
+class FixedPointResult(ResultCode):
+    """Outcome of one sample's fixed-point solve."""
+
+    CONVERGED = 0, "The residual is below the tolerance."
+    MAX_STEPS = (
+        1,
+        "Not converged within `max_steps`. Raise `max_steps`, loosen `tol`, or make the block a "
+        "contraction (smaller weights, normalisation).",
+    )
+    DIVERGED = 2, "The residual grew without bound: the block has no attracting fixed point here."
+    NON_FINITE = 3, "The block returned inf or NaN (check the input and the parameters)."
+
+
+class DareResult(ResultCode):
+    """Outcome of one Riccati solve."""
+
+    STABILISING = 0, "P solves the DARE and the closed loop A - BK is stable."
+    NONE = (
+        1,
+        "No stabilising solution was found: (A, B) is not stabilisable, or [Q M'; M R] is "
+        "indefinite (Newton with a bad Hessian). Raise the damping.",
+    )
+    NOT_CONVERGED = 2, "Not converged within `max_steps`, or the residual is above `rtol`."
+    NON_FINITE = 3, "A, B, Q, R or M holds inf or NaN, or the iteration overflowed."
+    BOUNDARY = (
+        4,
+        "P solves the DARE, but the closed loop's spectral radius is 1 to working precision: a "
+        "mode on the unit circle is not controlled.",
+    )
+
+
+class ConvergenceError(RuntimeError):
+    """A solve failed for at least one batch element and the caller asked to raise.
+
+    Attributes:
+        solution: The solution object of the failed solve, or `None`.
+    """
+
+    def __init__(self, message: str, solution: Any = None) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+Code = TypeVar("Code", bound=ResultCode)
+
+
+def describe_failures(result: Tensor, codes: type[Code], what: str) -> str | None:
+    """Return a sentence on the elements of `result` that are not code 0, or `None` if all are.
+
+    Reads the codes on the host, so this synchronises a CUDA device once.
+    """
+    flat = result.flatten().tolist()
+    failed = [i for i, code in enumerate(flat) if code != 0]
+    if not failed:
+        return None
+    first = codes(flat[failed[0]])
+    where = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
+    return (
+        f"{what}: {len(failed)} of {len(flat)} batch elements failed (elements {where}); "
+        f"first: {first.name}. {first.message}"
+    )
