@@ -1,0 +1,372 @@
+"""Discrete algebraic Riccati equation (DARE) by structure-preserving doubling, with certificates.
+
+Shapes: A (*batch, n, n), B (*batch, n, m), Q and P (*batch, n, n), R (*batch, m, m),
+M and K (*batch, m, n). Everything is matrix products and LU, on the tensors' own device.
+
+    (R1)  P = A'PA + Q - (M + B'PA)' K,   K = (R + B'PB)^-1 (M + B'PA),   A_cl = A - B K
+    (R4)  A_0 = A - B R^-1 M,   G_0 = B R^-1 B',   H_0 = Q - M' R^-1 M
+    (R5)  W = I + G H,   A <- A W^-1 A,   G <- G + A W^-1 G A',   H <- H + A' H W^-1 A,   H -> P
+    (R6)  P = alpha I + D, with D of the DARE (A, B, Q + alpha (A'A - I), R + alpha B'B,
+          M + alpha B'A): the same closed loop, and an R that may be invertible where R was not
+    (R7)  K = R^-1 M + R^-1 B' (I + P G)^-1 P A_0
+          (R + B'PB)^-1 r = R^-1 r - R^-1 B' (I + P G)^-1 P B R^-1 r
+
+Each step of (R5) squares the closed loop, so the error after k steps is O(rho(A_cl)^(2^k)).
+(R7) is (R1)'s gain by the matrix inversion lemma: the m x m matrix R is factorised once, and
+everything after it is n x n, which pays where controls outnumber states.
+
+Source: Chu, Fan, Lin, Wang (2004), Structure-preserving algorithms for periodic discrete-time
+algebraic Riccati equations, Int. J. Control 77(8). doi:10.1080/00207170410001714988.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deqlqr.solution import ConvergenceError, DareResult, describe_failures
+
+
+class LUFactor(NamedTuple):
+    """LU factors of a batch of square matrices, and whether each is singular."""
+
+    LU: Tensor
+    pivots: Tensor
+    info: Tensor
+
+    def solve(self, right: Tensor, *, adjoint: bool = False) -> Tensor:
+        """Return X^-1 right (*batch, n, k), or X^-T right."""
+        return torch.linalg.lu_solve(self.LU, self.pivots, right, adjoint=adjoint)
+
+
+def lu_factor(X: Tensor) -> LUFactor:
+    """Return the LU factors of X (*batch, n, n); a singular one is marked, not raised."""
+    return LUFactor(*torch.linalg.lu_factor_ex(X))
+
+
+class _InputCost:
+    """R (*batch, m, m) factorised: Cholesky where it is positive definite, LU where it is not."""
+
+    def __init__(self, R: Tensor) -> None:
+        self.L, info = torch.linalg.cholesky_ex(R)
+        self.indefinite = info != 0
+        self.LU = lu_factor(R) if bool(self.indefinite.any()) else None
+        self.singular = torch.zeros_like(self.indefinite)
+        if self.LU is not None:
+            self.singular = self.indefinite & (self.LU.info != 0)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return R^-1 right (*batch, m, k)."""
+        solved = torch.cholesky_solve(right, self.L)
+        if self.LU is None:
+            return solved
+        return torch.where(self.indefinite[..., None, None], self.LU.solve(right), solved)
+
+
+@dataclass(frozen=True)
+class _Eliminated:
+    """A DARE with its input cost eliminated (R4), and what led there."""
+
+    A: Tensor
+    G: Tensor
+    H: Tensor
+    cost: _InputCost
+    RB: Tensor  # R^-1 B'
+    RM: Tensor  # R^-1 M
+
+    @staticmethod
+    def of(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, M: Tensor) -> "_Eliminated":
+        n = A.shape[-1]
+        cost = _InputCost(R)
+        solved = cost.solve(torch.cat([B.mT, M], dim=-1))
+        RB, RM = solved[..., :n], solved[..., n:]
+        return _Eliminated(A - B @ RM, _sym(B @ RB), _sym(Q - M.mT @ RM), cost, RB, RM)  # (R4)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What solves with R + B'PB: the factors that gave K, kept for the linear terms."""
+
+    B: Tensor
+    D: Tensor  # P, or P less the shift of (R6)
+    eliminated: _Eliminated
+    loop: LUFactor  # of I + D G
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return (R + B'PB)^-1 right (*batch, m, k) (R7)."""
+        solved = self.eliminated.cost.solve(right)
+        return solved - self.eliminated.RB @ self.loop.solve(self.D @ (self.B @ solved))
+
+
+@dataclass(frozen=True)
+class DareSolution:
+    """A solution of the DARE with its certificate, per batch element.
+
+    Attributes:
+        P: Stabilising solution, symmetric, `(*batch, n, n)`. NaN where `result` is not 0: what
+            is not a stabilising solution is never handed out as one.
+        K: Feedback gain of u = -K x, `(*batch, m, n)`. NaN where `result` is not 0.
+        closed_loop_radius: Spectral radius of A - BK (see `spectral_radius`), `(*batch,)`.
+        residual: The larger relative residual of (R1)'s two equations: Frobenius norm over that
+            of the largest term, `(*batch,)`.
+        iterations: Doubling steps, `(*batch,)`.
+        result: A `DareResult` code, int64, `(*batch,)`.
+        gain: Solves with R + B'PB, from the factors that gave K; `steady_state` uses it.
+    """
+
+    P: Tensor
+    K: Tensor
+    closed_loop_radius: Tensor
+    residual: Tensor
+    iterations: Tensor
+    result: Tensor
+    gain: Gain = field(repr=False)
+
+    @property
+    def stabilising(self) -> Tensor:
+        """Boolean per batch element: P is the stabilising solution."""
+        return self.result == DareResult.STABILISING
+
+    def raise_if_failed(self) -> "DareSolution":
+        """Return `self`, or raise naming the elements that failed.
+
+        Raises:
+            ConvergenceError: If any element has no stabilising solution.
+        """
+        message = describe_failures(self.result, DareResult, "DARE")
+        if message is not None:
+            raise ConvergenceError(message, self)
+        return self
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """Structure-preserving doubling (R5), retried with the exact shift (R6) where it fails.
+
+    Attributes:
+        rtol: Largest residual accepted; `None` takes 1e-4 in float32 and 1e-8 in float64.
+        max_steps: Most doubling steps.
+    """
+
+    rtol: float | None = None
+    max_steps: int = 40
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Return `rtol`, or the default for `dtype`."""
+        if self.rtol is not None:
+            return self.rtol
+        return 1e-8 if dtype == torch.float64 else 1e-4
+
+    def solve(self, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, M: Tensor) -> DareSolution:
+        """Solve a batch of DAREs; never raises for a failure."""
+        plain = self._attempt(A, B, Q, R, M, None)
+        if plain.stabilising.all():
+            return plain
+        alpha = _shift(Q, R, M).masked_fill(plain.stabilising, 0.0)
+        return self._attempt(A, B, Q, R, M, alpha)
+
+    def _attempt(
+        self, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, M: Tensor, alpha: Tensor | None
+    ) -> DareSolution:
+        """Solve, through the shift (R6) by alpha (*batch,) if there is one, and certify."""
+        if alpha is None:
+            eliminated = _Eliminated.of(A, B, Q, R, M)
+        else:
+            shift = alpha[..., None, None]
+            eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+            eliminated = _Eliminated.of(
+                A, B, Q + shift * (A.mT @ A - eye), R + shift * B.mT @ B, M + shift * B.mT @ A
+            )
+        D, iterations, broken = self._double(eliminated)
+        P = D if alpha is None else shift * eye + D  # (R6)
+        return self._certify(A, B, Q, R, M, P, D, eliminated, iterations, broken)
+
+    def _double(self, problem: _Eliminated) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the limit of (R5), its steps, and what broke: 0, or a `DareResult` code."""
+        A, G, H = problem.A, problem.G, problem.H
+        n = A.shape[-1]
+        eye = torch.eye(n, dtype=A.dtype, device=A.device)
+        broken = torch.where(problem.cost.singular, DareResult.NONE, 0).long()
+        running = broken == 0
+        iterations = torch.zeros_like(broken)
+        # The next step would change H by about the square of this one's relative change.
+        floor = torch.finfo(A.dtype).eps ** 0.75
+        check_every = 1 if A.device.type == "cpu" else 3
+        for step in range(self.max_steps):
+            if step % check_every == 0 and not running.any():
+                break
+            W_solved, _ = torch.linalg.solve_ex(eye + G @ H, torch.cat([A, G], dim=-1))
+            WA, WG = W_solved[..., :n], W_solved[..., n:]
+            dH = _sym(A.mT @ H @ WA)
+            A_next, G_next, H_next = A @ WA, _sym(G + A @ WG @ A.mT), H + dH  # (R5)
+            finite = A_next.isfinite().flatten(-2).all(-1) & _norm(H_next).isfinite()
+            converged = _norm(dH) <= floor * _norm(H_next)
+            iterations += running
+            broken = torch.where(running & ~finite, DareResult.NON_FINITE, broken)
+            keep = (running & finite)[..., None, None]
+            A, G, H = (torch.where(keep, *pair) for pair in ((A_next, A), (G_next, G), (H_next, H)))
+            running = running & finite & ~converged
+        broken = torch.where(running, DareResult.NOT_CONVERGED, broken)
+        return H, iterations, broken
+
+    def _certify(
+        self,
+        A: Tensor,
+        B: Tensor,
+        Q: Tensor,
+        R: Tensor,
+        M: Tensor,
+        P: Tensor,
+        D: Tensor,
+        problem: _Eliminated,
+        iterations: Tensor,
+        broken: Tensor,
+    ) -> DareSolution:
+        """Form K by (R7) and judge P and K on the original equations (R1)."""
+        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        gain = Gain(B, D, problem, lu_factor(eye + D @ problem.G))
+        K = problem.RM + problem.RB @ gain.loop.solve(D @ problem.A)  # (R7)
+        PA = P @ A
+        APA, mixed = A.mT @ PA, M + B.mT @ PA
+        BK, RK = B @ K, R @ K
+        residual = torch.maximum(
+            _relative(APA + Q - mixed.mT @ K - P, P, APA, Q),
+            _relative(RK + B.mT @ (P @ BK) - mixed, mixed, RK),
+        )
+        A_cl = A - BK
+        radius = spectral_radius(A_cl)
+        if (radius > 0.9).any():  # the bound must not be what keeps a stable loop from passing
+            radius = spectral_radius(A_cl, squarings=26)
+        finite = torch.stack([X.isfinite().flatten(-2).all(-1) for X in (A, B, Q, R, M)]).all(0)
+        edge = 10 * torch.finfo(P.dtype).eps ** 0.5
+        solves = residual <= self.tolerance(P.dtype)
+        result = torch.where(broken != 0, broken, DareResult.NOT_CONVERGED)
+        result = torch.where(solves & (radius >= 1), DareResult.NONE, result)
+        result = torch.where(solves & ((radius - 1).abs() <= edge), DareResult.BOUNDARY, result)
+        result = torch.where(solves & (radius < 1 - edge), DareResult.STABILISING, result)
+        result = torch.where(finite, result, DareResult.NON_FINITE)
+        bad = (result != DareResult.STABILISING)[..., None, None]
+        P, K = P.masked_fill(bad, float("nan")), K.masked_fill(bad, float("nan"))
+        return DareSolution(P, K, radius, residual, iterations, result, gain)
+
+
+def solve_dare(
+    A: Tensor,
+    B: Tensor,
+    Q: Tensor,
+    R: Tensor,
+    M: Tensor | None = None,
+    *,
+    solver: Doubling = Doubling(),
+    throw: bool = True,
+) -> DareSolution:
+    """Solve the DARE (R1) for its stabilising solution P.
+
+    Works in the dtype and on the device of the tensors; tested in float64 and float32. The linear
+    terms of an LQR do not enter here: see `steady_state`.
+
+    Args:
+        A: State matrix, `(*batch, n, n)`; (A, B) must be stabilisable.
+        B: Input matrix, `(*batch, n, m)`.
+        Q: State cost, symmetric, `(*batch, n, n)`.
+        R: Input cost, symmetric, `(*batch, m, m)`; damping belongs here (R_bar).
+        M: Cross cost, `(*batch, m, n)`; zero if `None`. SciPy's `s` is its transpose.
+        solver: The algorithm and its tolerances.
+        throw: Raise if an element has no stabilising solution. If `False`, inspect `result`.
+
+    Returns:
+        A `DareSolution`.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit, or Q or R is not symmetric.
+        ConvergenceError: If `throw` and an element failed.
+
+    Example:
+        >>> A, B = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([[0.0], [1.0]])
+        >>> Q, R = torch.tensor([[1.0, 2.0], [2.0, 4.0]]), torch.tensor([[1.0]])
+        >>> dare = solve_dare(A, B, Q, R)
+        >>> residual = A.mT @ dare.P @ A + Q - (B.mT @ dare.P @ A).mT @ dare.K - dare.P
+        >>> bool(residual.abs().max() < 1e-5), dare.closed_loop_radius.item() < 1
+        (True, True)
+    """
+    A, B, Q, R, M = _checked(A, B, Q, R, M)
+    with torch.no_grad():
+        solution = solver.solve(A, B, Q, R, M)
+    return solution.raise_if_failed() if throw else solution
+
+
+def spectral_radius(A: Tensor, squarings: int = 12) -> Tensor:
+    """Return the spectral radius of A (*batch, n, n) from above, by repeated squaring.
+
+    By Gelfand's formula rho(A) <= ||A^k||_F^(1/k) for every k; here k = 2^squarings, which is
+    tight to a relative error of about log(n cond)/k. Products only, so it stays on the device;
+    a value below 1 certifies stability. Returns NaN for a matrix that holds NaN or inf.
+
+    Example:
+        >>> float(spectral_radius(torch.diag(torch.tensor([0.5, -0.9])))) - 0.9 < 1e-3
+        True
+    """
+    log_norm = torch.zeros_like(A[..., 0, 0])
+    tiny = torch.finfo(A.dtype).tiny
+    for k in range(squarings + 1):
+        # A^(2^k) = exp(2^k log_norm) times the normalised power.
+        norm = _norm(A)
+        log_norm = log_norm + norm.clamp(min=tiny).log() / 2**k
+        if k < squarings:
+            A = A / norm.clamp(min=tiny)[..., None, None]
+            A = A @ A
+    return torch.where(log_norm.isnan() | norm.isnan(), float("nan"), log_norm.exp())
+
+
+def _shift(Q: Tensor, R: Tensor, M: Tensor) -> Tensor:
+    """Return alpha of (R6) at the scale of the costs; far above it costs digits."""
+    costs = torch.stack([_norm(Q), _norm(R), _norm(M)]).amax(0)
+    return torch.where(costs > 0, costs, torch.ones_like(costs))
+
+
+def _relative(error: Tensor, *terms: Tensor) -> Tensor:
+    """Return the norm of an equation's error over that of its largest term."""
+    scale = torch.stack([_norm(term) for term in terms]).amax(0)
+    return _norm(error) / scale.clamp(min=torch.finfo(error.dtype).tiny)
+
+
+def _checked(
+    A: Tensor, B: Tensor, Q: Tensor, R: Tensor, M: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not isinstance(B, Tensor) or B.dim() < 2:
+        got = tuple(B.shape) if isinstance(B, Tensor) else type(B).__name__
+        raise ValueError(f"B must be a tensor of shape (*batch, n, m), got {got}.")
+    *batch, n, m = B.shape
+    if M is None:
+        M = B.new_zeros(*batch, m, n)
+    expected = {
+        "A": (A, (*batch, n, n)),
+        "B": (B, (*batch, n, m)),
+        "Q": (Q, (*batch, n, n)),
+        "R": (R, (*batch, m, m)),
+        "M": (M, (*batch, m, n)),
+    }
+    for name, (X, shape) in expected.items():
+        if not isinstance(X, Tensor) or X.shape != shape:
+            got = tuple(X.shape) if isinstance(X, Tensor) else type(X).__name__
+            raise ValueError(f"{name} must have shape {shape} to match B, got {got}.")
+        if X.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} must be float32 or float64, got {X.dtype}.")
+        if X.dtype != B.dtype or X.device != B.device:
+            raise ValueError(
+                f"{name} must be {B.dtype} on {B.device} like B, got {X.dtype} on {X.device}."
+            )
+    loose = torch.finfo(B.dtype).eps ** 0.5
+    for name, X in (("Q", Q), ("R", R)):
+        if (_norm(X - X.mT) > loose * _norm(X)).any():
+            raise ValueError(f"{name} must be symmetric.")
+    return A, B, _sym(Q), _sym(R), M
+
+
+def _sym(X: Tensor) -> Tensor:
+    return (X + X.mT) / 2
+
+
+def _norm(X: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(X)
