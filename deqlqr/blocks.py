@@ -1,0 +1,142 @@
+"""Residual blocks f(z, x) to start from, and initial weights that give them a fixed point."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deqlqr._checks import choice
+
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+class DenseBlock(nn.Module):
+    """f(z, x) = sigma(W z + U x + c), sigma = tanh or relu, with ||W||_2 held at `max_norm`.
+
+    The trained matrix V enters as W = V min(1, max_norm / ||V||_2). As sigma is 1-Lipschitz, f is
+    a contraction in z with constant `max_norm`, so its fixed point exists, is unique, and cannot
+    be lost in training. The rescaling is differentiated like everything else.
+
+    Args:
+        state_size: n, the size of z.
+        input_size: Size of x. `None`: x is added as it is (U = I) and must have n components.
+        activation: `"tanh"` or `"relu"`.
+        max_norm: Bound on ||W||_2, in (0, 1); `None` lifts it, and with it the guarantee.
+        gain: Norm of the initial V, in (0, 1).
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Example:
+        >>> block = DenseBlock(4, input_size=2)
+        >>> block(torch.zeros(3, 4), torch.ones(3, 2)).shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(
+        self,
+        state_size: int,
+        input_size: int | None = None,
+        *,
+        activation: str = "tanh",
+        max_norm: float | None = 0.9,
+        gain: float = 0.5,
+    ) -> None:
+        super().__init__()
+        for name, value in (("max_norm", max_norm), ("gain", gain)):
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} must lie in (0, 1), got {value}.")
+        self.activation = choice("activation", activation, tuple(_ACTIVATIONS))
+        self.state_size, self.input_size, self.max_norm = state_size, input_size, max_norm
+        self.state = nn.Linear(state_size, state_size)
+        # Not orthogonal: equal singular values have no second derivative, which Newton needs.
+        nn.init.normal_(self.state.weight)
+        with torch.no_grad():
+            self.state.weight *= gain / torch.linalg.matrix_norm(self.state.weight, 2)
+        nn.init.zeros_(self.state.bias)
+        self.input = None if input_size is None else nn.Linear(input_size, state_size, bias=False)
+
+    def state_shape(self, x: Tensor) -> tuple[int, ...]:
+        """Return the shape of one sample's state, `(n,)`."""
+        return (self.state_size,)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return f(z, x) (batch, n) for z (batch, n) and x (batch, input_size).
+
+        Raises:
+            ValueError: If x does not have shape `(batch, input_size)`.
+        """
+        width = self.state_size if self.input_size is None else self.input_size
+        if x.dim() != 2 or x.shape[1] != width:
+            raise ValueError(f"x must have shape (batch, {width}), got {tuple(x.shape)}.")
+        injected = x if self.input is None else self.input(x)
+        return _ACTIVATIONS[self.activation](F.linear(z, self.weight, self.state.bias) + injected)
+
+    @property
+    def weight(self) -> Tensor:
+        """W (n, n), the trained matrix scaled down to the norm `max_norm` where it exceeds it."""
+        V = self.state.weight
+        if self.max_norm is None:
+            return V
+        norm = torch.linalg.matrix_norm(V, 2)
+        return V * torch.where(norm > self.max_norm, self.max_norm / norm, torch.ones_like(norm))
+
+
+class ConvBlock(nn.Module):
+    """The thesis' toy (figure 4.1): a convolutional ResNet block with group normalisation.
+
+        f(z, x) = N3(relu(z + N2(x + C2 N1(relu(C1 z)))))
+
+    C1 maps `channels` to `inner_channels`, C2 back, both 3 x 3 with padding; N are group norms.
+
+    Args:
+        channels: Channels of the state z (and of x).
+        inner_channels: Channels inside; 12 in the thesis.
+        groups: Groups of N2 and N3; divides `channels`.
+        inner_groups: Groups of N1; divides `inner_channels`.
+        init_scale: Standard deviation of the initial convolution weights; small weights give a
+            fixed point.
+
+    Raises:
+        ValueError: If the groups do not divide the channels.
+
+    Source: thesis section 4.4; the layout follows the residual block of Bai, Koltun and Kolter
+    (2020), Multiscale Deep Equilibrium Models, arXiv:2006.08656.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        inner_channels: int = 12,
+        *,
+        groups: int = 1,
+        inner_groups: int = 4,
+        init_scale: float = 0.01,
+    ) -> None:
+        super().__init__()
+        for name, count, name_g, g in (
+            ("channels", channels, "groups", groups),
+            ("inner_channels", inner_channels, "inner_groups", inner_groups),
+        ):
+            if g < 1 or count < 1 or count % g:
+                raise ValueError(f"{name_g} must divide {name}, got {g} and {count}.")
+        self.channels = channels
+        self.conv1 = nn.Conv2d(channels, inner_channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(inner_channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(inner_groups, inner_channels)
+        self.norm2 = nn.GroupNorm(groups, channels)
+        self.norm3 = nn.GroupNorm(groups, channels)
+        for conv in (self.conv1, self.conv2):
+            nn.init.normal_(conv.weight, std=init_scale)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """Return f(z, x) for z and x of shape (batch, channels, height, width).
+
+        Raises:
+            ValueError: If x does not have that shape.
+        """
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(
+                f"x must have shape (batch, {self.channels}, height, width), got {tuple(x.shape)}."
+            )
+        inner = self.norm1(F.relu(self.conv1(z)))
+        return self.norm3(F.relu(z + self.norm2(x + self.conv2(inner))))

@@ -1,0 +1,65 @@
+"""The controls u: a model's trainable parameters as one vector, in a fixed order.
+
+The order is that of `model.named_parameters()`, shared parameters once, frozen ones left out;
+each parameter is flattened row by row.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Controls:
+    """Maps between the vector u and the parameters of a model.
+
+    Attributes:
+        names: Parameter names, in the order of u.
+        shapes: Their shapes.
+        m: Length of u.
+
+    Raises:
+        ValueError: If the model has no trainable parameter, or parameters of several dtypes or
+            devices.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError("model has no trainable parameters.")
+        kinds = {(p.dtype, p.device) for p in named.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"model parameters must share one dtype and device, got {kinds}.")
+        self.parameters = list(named.values())
+        self.names = list(named)
+        self.shapes = [p.shape for p in self.parameters]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.m = sum(self.sizes)
+
+    @property
+    def vector(self) -> Tensor:
+        """Return a detached copy of u, shape `(m,)`."""
+        return torch.cat([p.detach().reshape(-1) for p in self.parameters])
+
+    def unflatten(self, u: Tensor) -> dict[str, Tensor]:
+        """Return the parameters that u (m,) holds, by name; differentiable."""
+        parts = u.split(self.sizes)
+        return {
+            name: part.view(shape)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
+
+    def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
+        """Return u (m,) from tensors by name; a missing or `None` one counts as zero."""
+        parts = []
+        for name, p in zip(self.names, self.parameters, strict=True):
+            value = named.get(name)
+            parts.append(torch.zeros_like(p).reshape(-1) if value is None else value.reshape(-1))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def assign(self, u: Tensor) -> None:
+        """Write u (m,) into the model's parameters in place."""
+        for p, part in zip(self.parameters, u.split(self.sizes), strict=True):
+            p.copy_(part.view_as(p))

@@ -1,0 +1,123 @@
+"""What "steepest" is measured in: the divergence D whose Hamiltonian gives Q, R and M.
+
+    (H1)  H(z, u) = D(h(z, u)) + f(z, u)'p,   p = A'p + dD/dz
+    (H2)  Q = H_zz,   R = H_uu,   M = H_uz
+
+For a divergence of the model's own output, D(y, y_ref) with y_ref = y, the gradient of D vanishes,
+so p = 0 and (H2) is the metric Lambda = d2D/dy2 pulled back through the output y = h(z, u):
+
+    (H3)  [Q M'; M R] = [h_z h_u]' Lambda [h_z h_u]
+
+Source: thesis sections 3.2 and 4.4; S. Amari (1998), doi:10.1162/089976698300017746.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Divergence:
+    """Base of all divergences."""
+
+
+class Euclidean(Divergence):
+    """||du||^2 / 2: gradient descent. Q = 0, M = 0, R = I (theorem 4.2.1)."""
+
+
+class Newton(Divergence):
+    """The loss itself: Q, R, M are its full Hessian through (H1), which may be indefinite."""
+
+
+class OutputDivergence(Divergence):
+    """A divergence of the model's output from itself; (H3) holds."""
+
+    @abstractmethod
+    def metric(self, y: Tensor) -> Tensor:
+        """Return Lambda (batch, k, k), symmetric, for outputs y (batch, k)."""
+
+
+class CategoricalKL(OutputDivergence):
+    """KL divergence of a categorical output with logits y: natural gradient."""
+
+    def metric(self, y: Tensor) -> Tensor:
+        """Return diag(p) - p p', p = softmax(y)."""
+        p = y.softmax(-1)
+        return torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+
+
+class GaussianKL(OutputDivergence):
+    """KL divergence of a Gaussian output with mean y and unit variance: least squares."""
+
+    def metric(self, y: Tensor) -> Tensor:
+        """Return the identity."""
+        eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+        return eye.expand(*y.shape, y.shape[-1])
+
+
+@dataclass(frozen=True)
+class Custom(OutputDivergence):
+    """A user's own divergence.
+
+    Attributes:
+        function: `D(y, y_ref)` on one sample's output, two tensors `(k,)` to a scalar, twice
+            differentiable, with D(y, y) = 0 and a minimum there.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def metric(self, y: Tensor) -> Tensor:
+        """Return d2D/dy2 at y = y_ref.
+
+        Raises:
+            ValueError: If D has no minimum at y = y_ref, so that it is no divergence.
+        """
+        y = y.detach()
+        gradient = torch.vmap(torch.func.grad(self.function))(y, y)
+        Lambda = torch.vmap(torch.func.hessian(self.function))(y, y)
+        if not bool(Lambda.isfinite().all()):
+            raise ValueError("divergence: the Hessian of D(y, y_ref) at y = y_ref is not finite.")
+        loose = torch.finfo(y.dtype).eps ** 0.5
+        if float(gradient.abs().max()) > loose * max(1.0, float(Lambda.abs().max())):
+            raise ValueError(
+                "divergence: D(y, y_ref) must have zero gradient at y = y_ref, got one of size "
+                f"{float(gradient.abs().max()):.2e}."
+            )
+        smallest = torch.linalg.eigvalsh(Lambda).min()
+        if float(smallest) < -loose * max(1.0, float(Lambda.abs().max())):
+            raise ValueError(
+                "divergence: D(y, y_ref) must have a minimum at y = y_ref, but its Hessian there "
+                f"has the eigenvalue {float(smallest):.2e}."
+            )
+        return Lambda
+
+
+DivergenceLike = str | Divergence | Callable[[Tensor, Tensor], Tensor]
+
+_BY_NAME: dict[str, type[Divergence]] = {
+    "euclidean": Euclidean,
+    "categorical": CategoricalKL,
+    "gaussian": GaussianKL,
+    "newton": Newton,
+}
+
+
+def make_divergence(divergence: DivergenceLike) -> Divergence:
+    """Return a divergence from an object, a name, or a user's function D(y, y_ref).
+
+    Raises:
+        ValueError: If the name is unknown or the argument is none of these.
+    """
+    if isinstance(divergence, Divergence):
+        return divergence
+    if isinstance(divergence, str):
+        if divergence not in _BY_NAME:
+            raise ValueError(f"divergence must be one of {sorted(_BY_NAME)}, got {divergence!r}.")
+        return _BY_NAME[divergence]()
+    if callable(divergence):
+        return Custom(divergence)
+    raise ValueError(
+        f"divergence must be a name, a Divergence or a function D(y, y_ref), got {divergence!r}."
+    )

@@ -1,0 +1,335 @@
+"""A model at its fixed point -> the LQR problem: A, B, Q, R, M and the linear terms a, b.
+
+The model may have an encoder before and a readout after its DEQ layer; every trainable parameter
+is a control (design fact F7). With the layer's output replaced by a free z, one evaluation of the
+model gives both maps that are linearised, sample by sample:
+
+    f(z, u) = block(z, injection(x; u); u),     y = h(z, u) = readout
+
+    (N1)  A = f_z,  B = f_u,  a = h_z' dJ/dy,  b = h_u' dJ/dy
+    (N2)  exact minibatch: one u for all samples, states stacked (design fact F6)
+              A = blockdiag(A_s),  B = stack(B_s),  Q = blockdiag(Q_s),  M = [M_1 ... M_N],  R = sum R_s
+          with every cost carrying the 1/batch of the mean loss
+    (N3)  per sample: one LQR for each sample, with the sample's own cost
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, hessian, jacrev
+
+from deqlqr._checks import at_least, choice
+from deqlqr.controls import Controls
+from deqlqr.deq import DEQ, find_deq
+from deqlqr.divergence import (
+    Divergence,
+    DivergenceLike,
+    Euclidean,
+    Newton,
+    OutputDivergence,
+    make_divergence,
+)
+from deqlqr.fixed_point import FixedPointSolution
+from deqlqr.loss import Loss, LossLike, make_loss
+from deqlqr.lqr import LQR
+
+Minibatch = Literal["exact", "per-sample"]
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """A model linearised at its fixed point, sample by sample; costs are those of single samples.
+
+    Attributes:
+        A: `(batch, n, n)`.
+        B: `(batch, n, m)`.
+        a: Gradient of the sample's loss with respect to z, `(batch, n)`.
+        b: Its direct gradient with respect to u, `(batch, m)`.
+        Q: State cost `(batch, n, n)`.
+        M: Cross cost `(batch, m, n)`.
+        R: Function from a sample's index to its input cost `(m, m)`: the batch of them is large,
+            and only the per-sample problems need it.
+        R_mean: Mean of R over the samples, `(m, m)`.
+        loss: The mean loss J.
+        solution: Fixed point and certificate of every sample.
+    """
+
+    A: Tensor
+    B: Tensor
+    a: Tensor
+    b: Tensor
+    Q: Tensor
+    M: Tensor
+    R: Callable[[int], Tensor]
+    R_mean: Tensor
+    loss: Tensor
+    solution: FixedPointSolution
+
+    def exact(self) -> LQR:
+        """Return the augmented-state problem of the whole batch (N2)."""
+        batch, n, m = self.B.shape
+        return LQR(
+            A=torch.block_diag(*self.A),
+            B=self.B.reshape(batch * n, m),
+            Q=torch.block_diag(*self.Q) / batch,
+            R=self.R_mean,
+            M=self.M.permute(1, 0, 2).reshape(m, batch * n) / batch,
+            a=self.a.reshape(batch * n) / batch,
+            b=self.b.mean(0),
+        )
+
+    def per_sample(self, samples: slice = slice(None)) -> LQR:
+        """Return a batch of problems, one for each sample of the slice (N3)."""
+        indices = range(self.A.shape[0])[samples]
+        return LQR(
+            A=self.A[samples],
+            B=self.B[samples],
+            Q=self.Q[samples],
+            R=torch.stack([self.R(s) for s in indices]),
+            M=self.M[samples],
+            a=self.a[samples],
+            b=self.b[samples],
+        )
+
+
+def linearize(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: LossLike = "cross_entropy",
+    divergence: DivergenceLike | None = None,
+    damping: float = 0.0,
+    minibatch: Minibatch = "exact",
+) -> LQR:
+    """Return the LQR problem that one training step of the model is.
+
+    Args:
+        model: Module with exactly one `DEQ` layer; outputs `(batch, k)`. Samples must be
+            independent and the model deterministic (no batch statistics, no active dropout).
+        x: Inputs `(batch, ...)`.
+        y: Targets of the loss, `(batch, ...)`.
+        loss: `"cross_entropy"`, `"mse"` or a function `(outputs, targets) -> scalar` that is a
+            mean over the batch.
+        divergence: `"euclidean"`, `"categorical"`, `"gaussian"`, `"newton"`, a `Divergence`, or
+            a function `D(y, y_ref)` of one sample's outputs. `None`: the one that matches the loss.
+        damping: delta of R_bar = R + delta I.
+        minibatch: `"exact"` for the one augmented problem of the batch (N2), with n = batch times
+            the state size; `"per-sample"` for a batch of problems (N3).
+
+    Returns:
+        An `LQR`; its controls are in the order of `Controls`.
+
+    Raises:
+        ValueError: If data, options or model do not fit together.
+        ConvergenceError: If a sample has no fixed point.
+
+    Example:
+        >>> from deqlqr import DEQ, DenseBlock, steady_state
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(DEQ(DenseBlock(4)), nn.Linear(4, 3))
+        >>> lqr = linearize(model, torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]), damping=0.1)
+        >>> lqr.A.shape, lqr.m
+        (torch.Size([20, 20]), 51)
+        >>> bool((steady_state(lqr).u @ lqr.b) < 0)
+        True
+    """
+    choice("minibatch", minibatch, get_args(Minibatch))
+    local = linearize_samples(model, x, y, make_loss(loss), choose_divergence(loss, divergence))
+    lqr = local.exact() if minibatch == "exact" else local.per_sample()
+    return lqr.damped(at_least("damping", damping, 0.0))
+
+
+def choose_divergence(loss: LossLike, divergence: DivergenceLike | None) -> Divergence:
+    """Return the divergence asked for, or the one that matches the loss.
+
+    Raises:
+        ValueError: If none is given and the loss is the user's own.
+    """
+    if divergence is not None:
+        return make_divergence(divergence)
+    natural = make_loss(loss).divergence
+    if natural is None:
+        raise ValueError("divergence must be given when loss is a function.")
+    return natural
+
+
+def linearize_samples(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, divergence: Divergence
+) -> Linearization:
+    """Linearise a model at its fixed point, sample by sample (N1).
+
+    Raises:
+        ValueError: If data and model do not fit together, or the samples are not independent.
+        ConvergenceError: If a sample has no fixed point.
+    """
+    layer, controls = find_deq(model), Controls(model)
+    check_input(x, controls)
+    with torch.no_grad():
+        outputs = model(x)
+    if layer.solution is None:
+        raise ValueError("model did not call its DEQ layer.")
+    solution = layer.solution.raise_if_failed("fixed point of the block")
+    loss.check(outputs, y)
+    if outputs.dim() != 2:
+        raise ValueError(f"model must return (batch, k), got {tuple(outputs.shape)}.")
+    u, z = controls.vector, solution.value
+    local = _local_map(model, layer, controls, tuple(z.shape[1:]))
+    first = _first_order(local, u, z.flatten(1), x)
+    _require_independent(model, layer, first, z, x)
+    outputs = first.y.detach().requires_grad_()
+    cost = loss(outputs, y)
+    (dJ,) = torch.autograd.grad(cost, outputs)
+    dJ = dJ * x.shape[0]  # the sample's own gradient, without the 1/batch of the mean
+    a = torch.einsum("bk,bkn->bn", dJ, first.hz)  # (N1)
+    b = torch.einsum("bk,bkm->bm", dJ, first.hu)
+    Q, M, R, R_mean = _quadratic_terms(local, first, u, z.flatten(1), x, y, a, loss, divergence)
+    return Linearization(first.A, first.B, a, b, Q, M, R, R_mean, cost.detach(), solution)
+
+
+def check_input(x: Tensor, controls: Controls) -> None:
+    """Check inputs against the model's parameters.
+
+    Raises:
+        ValueError: If x is no tensor, is empty, not finite, or on another device or dtype.
+    """
+    if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[0] == 0:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a non-empty tensor (batch, ...), got {got}.")
+    parameter = controls.parameters[0]
+    if x.device != parameter.device:
+        raise ValueError(f"x must be on {parameter.device} like the model, got {x.device}.")
+    if x.is_floating_point():
+        if x.dtype != parameter.dtype:
+            raise ValueError(f"x must be {parameter.dtype} like the model, got {x.dtype}.")
+        if not bool(x.isfinite().all()):
+            raise ValueError("x holds NaN or infinite values.")
+
+
+@dataclass(frozen=True)
+class _FirstOrder:
+    A: Tensor
+    B: Tensor
+    hz: Tensor  # (batch, k, n)
+    hu: Tensor  # (batch, k, m)
+    fz: Tensor  # (batch, n)
+    y: Tensor  # (batch, k)
+
+
+LocalMap = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _local_map(
+    model: nn.Module, layer: DEQ, controls: Controls, state: tuple[int, ...]
+) -> LocalMap:
+    """Return (u, z, x_s) -> (f, y) for one sample: z is (n,), f (n,), y (k,)."""
+
+    def local(u: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        with layer.tapped(z.view(1, *state)) as tap:
+            y = functional_call(model, controls.unflatten(u), (x[None],))
+        if tap.fz is None:
+            raise ValueError("model did not call its DEQ layer.")
+        return tap.fz.reshape(-1), y.reshape(-1)
+
+    return local
+
+
+def _first_order(local: LocalMap, u: Tensor, z: Tensor, x: Tensor) -> _FirstOrder:
+    def with_values(u: Tensor, z: Tensor, x: Tensor) -> tuple[Any, Any]:
+        values = local(u, z, x)
+        return values, values
+
+    per_sample = torch.vmap(jacrev(with_values, argnums=(0, 1), has_aux=True), in_dims=(None, 0, 0))
+    try:
+        ((B, A), (hu, hz)), (fz, y) = per_sample(u, z, x)
+    except RuntimeError as error:
+        raise ValueError(
+            "model cannot be linearised sample by sample (torch.vmap refused it): switch active "
+            f"dropout and batch statistics off with model.eval(). torch said: {error}"
+        ) from error
+    return _FirstOrder(A, B, hz, hu, fz, y)
+
+
+def _require_independent(
+    model: nn.Module, layer: DEQ, first: _FirstOrder, z: Tensor, x: Tensor
+) -> None:
+    """Refuse a model whose batch and single samples disagree: (N1) would be another model's."""
+    with torch.no_grad(), layer.tapped(z) as tap:
+        y = model(x)
+    assert tap.fz is not None  # noqa: S101  the first forward pass has shown that it is called
+    tolerance = 1e3 * torch.finfo(z.dtype).eps
+    for ours, batched in ((first.fz, tap.fz.flatten(1)), (first.y, y)):
+        gap = float((ours - batched).abs().max())
+        if not gap <= tolerance * max(1.0, float(batched.abs().max())):
+            raise ValueError(
+                f"model mixes the samples of a batch or is random (outputs differ by {gap:.1e} "
+                "when samples go through alone): switch batch statistics and dropout off with "
+                "model.eval()."
+            )
+
+
+def _quadratic_terms(
+    local: LocalMap,
+    first: _FirstOrder,
+    u: Tensor,
+    z: Tensor,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    loss: Loss,
+    divergence: Divergence,
+) -> tuple[Tensor, Tensor, Callable[[int], Tensor], Tensor]:
+    """Return Q (batch, n, n), M (batch, m, n), R as a function of the sample, and its mean."""
+    batch, n, m = first.B.shape
+    if isinstance(divergence, Euclidean):
+        eye = torch.eye(m, dtype=u.dtype, device=u.device)
+        return z.new_zeros(batch, n, n), z.new_zeros(batch, m, n), lambda _: eye, eye
+    if isinstance(divergence, OutputDivergence):
+        Lambda = divergence.metric(first.y)
+        Lz, Lu = Lambda @ first.hz, Lambda @ first.hu
+        Q, M = _sym(first.hz.mT @ Lz), first.hu.mT @ Lz  # (H3)
+        R_mean = _sym(first.hu.reshape(-1, m).mT @ Lu.reshape(-1, m)) / batch
+        return Q, M, lambda s: _sym(first.hu[s].mT @ Lu[s]), R_mean
+    if isinstance(divergence, Newton):
+        return _hamiltonian_hessian(local, first, u, z, x, y, a, loss)
+    raise ValueError(f"divergence {type(divergence).__name__} has no quadratic terms.")
+
+
+def _hamiltonian_hessian(
+    local: LocalMap,
+    first: _FirstOrder,
+    u: Tensor,
+    z: Tensor,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor,
+    loss: Loss,
+) -> tuple[Tensor, Tensor, Callable[[int], Tensor], Tensor]:
+    """Return Q, M, R and mean R of (H2) for D = J, one sample after the other."""
+    single = torch.stack([loss(first.y[s : s + 1], y[s : s + 1]) for s in range(len(x))])
+    together = loss(first.y, y)
+    if not torch.allclose(single.mean(), together, rtol=1e-4):
+        raise ValueError("loss must be a mean over the batch for the Newton divergence.")
+    n = z.shape[1]
+    eye = torch.eye(n, dtype=z.dtype, device=z.device)
+    p = torch.linalg.solve(eye - first.A.mT, a)  # (H1)
+
+    def hamiltonian(v: Tensor, s: int) -> Tensor:
+        fz, out = local(v[n:], v[:n], x[s])
+        return loss(out[None], y[s : s + 1]) + fz @ p[s]  # (H1)
+
+    blocks = []
+    for s in range(len(x)):
+        full = hessian(hamiltonian)(torch.cat([z[s], u]), s)
+        blocks.append(_sym(full))
+    Q = torch.stack([full[:n, :n] for full in blocks])
+    M = torch.stack([full[n:, :n] for full in blocks])
+    R = [full[n:, n:] for full in blocks]
+    return Q, M, lambda s: R[s], torch.stack(R).mean(0)
+
+
+def _sym(X: Tensor) -> Tensor:
+    return (X + X.mT) / 2
