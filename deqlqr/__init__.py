@@ -1,0 +1,83 @@
+"""deqlqr: train deep-equilibrium models by optimal control.
+
+block -> fixed point -> linearise -> LQR problem -> Riccati -> steady state -> update -> check
+"""
+
+from deqlqr.blocks import ConvBlock, DenseBlock
+from deqlqr.controls import Controls
+from deqlqr.deq import DEQ
+from deqlqr.divergence import (
+    CategoricalKL,
+    Custom,
+    Divergence,
+    Euclidean,
+    GaussianKL,
+    Newton,
+    OutputDivergence,
+)
+from deqlqr.equivalence import EquivalenceReport, EquivalenceRow, check_equivalence
+from deqlqr.fixed_point import (
+    Anderson,
+    FixedPointSolution,
+    Picard,
+    Solver,
+    TorchDEQ,
+    fixed_point,
+)
+from deqlqr.linearize import linearize
+from deqlqr.lqr import LQR
+from deqlqr.optim import ImplicitNGD, StepReport
+from deqlqr.riccati import DareSolution, Doubling, solve_dare, spectral_radius
+from deqlqr.solution import ConvergenceError, DareResult, FixedPointResult, ResultCode
+from deqlqr.steady_state import SteadyState, static_step, steady_state
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # blocks
+    "DenseBlock",
+    "ConvBlock",
+    # fixed point
+    "fixed_point",
+    "Solver",
+    "Anderson",
+    "Picard",
+    "TorchDEQ",
+    "FixedPointSolution",
+    # layer
+    "DEQ",
+    # divergence
+    "Divergence",
+    "OutputDivergence",
+    "Euclidean",
+    "CategoricalKL",
+    "GaussianKL",
+    "Newton",
+    "Custom",
+    # linearise
+    "linearize",
+    "Controls",
+    # LQR problem
+    "LQR",
+    # Riccati
+    "solve_dare",
+    "Doubling",
+    "DareSolution",
+    "spectral_radius",
+    # steady state
+    "steady_state",
+    "static_step",
+    "SteadyState",
+    # update
+    "ImplicitNGD",
+    "StepReport",
+    # check
+    "check_equivalence",
+    "EquivalenceReport",
+    "EquivalenceRow",
+    # outcome
+    "ResultCode",
+    "FixedPointResult",
+    "DareResult",
+    "ConvergenceError",
+]

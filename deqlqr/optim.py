@@ -1,0 +1,300 @@
+"""Implicit natural-gradient descent: a training step is the steady state of an LQR.
+
+    (O1)  u of (R3), from the DARE at R_bar = R + delta I;   theta <- theta + lr * u
+
+Source: thesis algorithm 1, with the corrections of docs/maths.md.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from deqlqr._checks import at_least, choice
+from deqlqr.controls import Controls
+from deqlqr.deq import find_deq
+from deqlqr.divergence import DivergenceLike
+from deqlqr.linearize import (
+    Linearization,
+    Minibatch,
+    check_input,
+    choose_divergence,
+    linearize_samples,
+)
+from deqlqr.loss import LossLike, make_loss
+from deqlqr.riccati import DareSolution, solve_dare
+from deqlqr.solution import ConvergenceError, DareResult, FixedPointResult, describe_failures
+from deqlqr.steady_state import steady_state
+
+Route = Literal["dare"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did.
+
+    Attributes:
+        loss: Loss before the step.
+        accepted: Whether the parameters were changed.
+        loss_after: Loss on the same batch after an accepted step, else NaN.
+        damping: Damping of the last attempt.
+        rejections: The reason of each rejected attempt, in order.
+        rolled_back: Whether the previous step was undone because this batch had no fixed point.
+        evaluations: Mean evaluations of f per sample in the forward solve.
+        residual: Largest fixed-point residual of the batch.
+        closed_loop_radius: Largest spectral radius of A - BK, of the last attempt.
+        dare_residual: Largest residual of the DARE, of the last attempt.
+        dare_iterations: Most doubling steps, of the last attempt.
+    """
+
+    loss: float
+    accepted: bool
+    loss_after: float
+    damping: float
+    rejections: tuple[str, ...]
+    rolled_back: bool
+    evaluations: float
+    residual: float
+    closed_loop_radius: float
+    dare_residual: float
+    dare_iterations: int
+
+
+class ImplicitNGD(torch.optim.Optimizer):
+    """Steepest descent in a divergence, each step solved as an infinite-horizon LQR.
+
+    All trainable parameters of the model (encoder, block, readout) are controls. A step whose
+    linear algebra fails, or after which the batch has no fixed point or no finite loss, is
+    rejected: the parameters stay as they were, the damping rises by `damping_increase` and the
+    step is tried again, at most `max_rejections` times. After accepted steps a raised damping
+    falls back towards `damping` by the square root of that factor.
+
+    Args:
+        model: Module with exactly one `DEQ` layer, outputs `(batch, k)`.
+        loss: `"cross_entropy"`, `"mse"` or a function `(outputs, targets) -> scalar`, a mean over
+            the batch.
+        lr: Step length; 1 takes the damped step as it is.
+        damping: delta of R_bar = R + delta I, above 0.
+        route: How u is computed: `"dare"`, the dense Riccati equation.
+        divergence: What "steepest" is measured in (see `linearize`); `None` takes the one that
+            matches the loss, which makes this natural gradient descent.
+        minibatch: `"exact"`: one augmented LQR for the whole batch, dense in batch x state size.
+            `"per-sample"`: the mean of the samples' own steps, a different and cheaper direction.
+        linalg_dtype: Type of the LQR's linear algebra; `None` takes the model's.
+        damping_increase: Factor on the damping at a rejection.
+        max_rejections: Attempts after the first before a step is given up.
+
+    Attributes:
+        last_step: The `StepReport` of the last call of `step`, or `None`.
+
+    Raises:
+        ValueError: If an option is unknown or out of range, or the model does not fit.
+
+    Example:
+        >>> from deqlqr import DEQ, DenseBlock
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(DEQ(DenseBlock(4)), nn.Linear(4, 3))
+        >>> x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+        >>> opt = ImplicitNGD(model, loss="cross_entropy", lr=1.0, damping=0.1)
+        >>> losses = [float(opt.step(x, y)) for _ in range(5)]
+        >>> losses[-1] < losses[0] and opt.last_step.accepted
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: LossLike = "cross_entropy",
+        lr: float = 1.0,
+        damping: float = 1e-2,
+        route: Route = "dare",
+        divergence: DivergenceLike | None = None,
+        minibatch: Minibatch = "exact",
+        linalg_dtype: torch.dtype | None = None,
+        damping_increase: float = 10.0,
+        max_rejections: int = 6,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
+        self.model, self.layer, self.controls = model, find_deq(model), Controls(model)
+        self.loss = make_loss(loss)
+        self.divergence = choose_divergence(loss, divergence)
+        self.route: Route = choice("route", route, get_args(Route))
+        self.minibatch: Minibatch = choice("minibatch", minibatch, get_args(Minibatch))
+        if linalg_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"linalg_dtype must be float32, float64 or None, got {linalg_dtype}.")
+        self.linalg_dtype = linalg_dtype or self.controls.parameters[0].dtype
+        self.damping_increase = at_least("damping_increase", damping_increase, 1.0, strict=True)
+        self.max_rejections = int(at_least("max_rejections", max_rejections, 0))
+        self.last_step: StepReport | None = None
+        delta = at_least("damping", damping, 0.0, strict=True)
+        defaults = {
+            "lr": at_least("lr", lr, 0.0, strict=True),
+            "damping": delta,
+            "current_damping": delta,
+        }
+        super().__init__(self.controls.parameters, defaults)
+
+    @property
+    def current_damping(self) -> float:
+        """The damping the next step starts from: `damping`, or more after rejections."""
+        return self.param_groups[0]["current_damping"]
+
+    @property
+    def _previous(self) -> Tensor | None:
+        """The parameters before the last accepted step, kept in `state` so that it is saved."""
+        parts = [self.state[p].get("previous") for p in self.controls.parameters]
+        if any(part is None for part in parts):
+            return None
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def _remember(self, u: Tensor | None) -> None:
+        named = {} if u is None else self.controls.unflatten(u)
+        for name, p in zip(self.controls.names, self.controls.parameters, strict=True):
+            self.state[p] = {} if u is None else {"previous": named[name].clone()}
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        """Take one step on the batch (x, y) and return the loss before it, a scalar tensor.
+
+        Args:
+            x: Inputs `(batch, ...)`.
+            y: Targets `(batch, ...)`.
+
+        Raises:
+            ValueError: If the data do not fit the model or the loss; nothing has changed then.
+            ConvergenceError: If a sample has no fixed point at the current parameters, nor at
+                those before the last step; the parameters are the former.
+        """
+        local, rolled_back = self._linearize(x, y)
+        group = self.param_groups[0]
+        base = at_least("damping", group["damping"], 0.0, strict=True)
+        lr = at_least("lr", group["lr"], 0.0)
+        damping = max(self.current_damping, base) * (self.damping_increase if rolled_back else 1)
+        before, loss = self.controls.vector, local.loss
+        rejections: list[str] = []
+        loss_after = float("nan")
+        for attempt in range(self.max_rejections + 1):
+            if attempt:
+                damping *= self.damping_increase
+            u, dare, reason = self._solve(local, damping)
+            if reason is None:
+                assert u is not None  # noqa: S101
+                self.controls.assign(before + lr * u.to(before.dtype))
+                loss_after, reason = self._trial(x, y, float(loss))
+            if reason is None:
+                break
+            self.controls.assign(before)
+            rejections.append(reason)
+        accepted = len(rejections) <= self.max_rejections
+        self._remember(before if accepted else None)
+        relaxed = max(base, damping / self.damping_increase**0.5)
+        group["current_damping"] = damping if rejections else relaxed
+        self.last_step = _report(
+            local, dare, float(loss), loss_after if accepted else float("nan"), accepted, damping,
+            tuple(rejections), rolled_back,
+        )  # fmt: skip
+        return loss
+
+    def _linearize(self, x: Tensor, y: Tensor) -> tuple[Linearization, bool]:
+        """Linearise at the current parameters, or at the previous ones if these lost z*."""
+        check_input(x, self.controls)
+        try:
+            return self._linearize_here(x, y), False
+        except ConvergenceError:
+            current, previous = self.controls.vector, self._previous
+            if previous is None:
+                raise
+            self.controls.assign(previous)
+            try:
+                return self._linearize_here(x, y), True
+            except BaseException:
+                self.controls.assign(current)
+                raise
+
+    def _linearize_here(self, x: Tensor, y: Tensor) -> Linearization:
+        return linearize_samples(self.model, x, y, self.loss, self.divergence)
+
+    def _solve(
+        self, local: Linearization, damping: float
+    ) -> tuple[Tensor | None, DareSolution, str | None]:
+        """Return u (m,), the DARE's certificate, and why there is no u (or `None`)."""
+        if self.minibatch == "exact":
+            pieces = [slice(None)]
+        else:
+            # R is m x m for every sample: as many at a time as fit in 256 MiB.
+            batch, _, m = local.B.shape
+            size = max(1, 2**28 // (8 * m * m))
+            pieces = [slice(i, i + size) for i in range(0, batch, size)]
+        total = torch.zeros_like(local.R_mean[0], dtype=self.linalg_dtype)
+        worst: DareSolution | None = None
+        for piece in pieces:
+            exact = self.minibatch == "exact"
+            lqr = local.exact() if exact else local.per_sample(piece)
+            lqr = lqr.to(self.linalg_dtype).damped(damping)
+            dare = solve_dare(lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, throw=False)
+            worst = _worse(worst, dare)
+            failure = describe_failures(dare.result, DareResult, "DARE")
+            if failure is not None:
+                return None, worst, failure
+            try:
+                u = steady_state(lqr, dare).u
+            except ConvergenceError as error:
+                return None, worst, str(error)
+            total += u if exact else u.sum(0) / local.A.shape[0]
+        assert worst is not None  # noqa: S101
+        return total, worst, None
+
+    @torch.no_grad()
+    def _trial(self, x: Tensor, y: Tensor, loss: float) -> tuple[float, str | None]:
+        """Return the loss at the trial parameters, and why they are rejected (or `None`)."""
+        if not bool(self.controls.vector.isfinite().all()):
+            return float("nan"), "the step is not finite"
+        try:
+            outputs = self.model(x)
+        except ConvergenceError as error:
+            return float("nan"), str(error)
+        assert self.layer.solution is not None  # noqa: S101
+        lost = describe_failures(self.layer.solution.result, FixedPointResult, "fixed point")
+        if lost is not None:
+            return float("nan"), lost
+        after = float(self.loss(outputs, y))
+        if not after < float("inf"):
+            return after, f"the loss after the step is {after}"
+        return after, None
+
+
+def _worse(a: DareSolution | None, b: DareSolution) -> DareSolution:
+    """Keep the certificate with the larger closed-loop radius."""
+    if a is None or not float(a.closed_loop_radius.max()) >= float(b.closed_loop_radius.max()):
+        return b
+    return a
+
+
+def _report(
+    local: Linearization,
+    dare: DareSolution,
+    loss: float,
+    loss_after: float,
+    accepted: bool,
+    damping: float,
+    rejections: tuple[str, ...],
+    rolled_back: bool,
+) -> StepReport:
+    values: dict[str, Any] = {
+        "evaluations": float(local.solution.evaluations.double().mean()),
+        "residual": float(local.solution.residual.max()),
+        "closed_loop_radius": float(dare.closed_loop_radius.max()),
+        "dare_residual": float(dare.residual.max()),
+        "dare_iterations": int(dare.iterations.max()),
+    }
+    return StepReport(
+        loss=loss,
+        accepted=accepted,
+        loss_after=loss_after,
+        damping=damping,
+        rejections=rejections,
+        rolled_back=rolled_back,
+        **values,
+    )
