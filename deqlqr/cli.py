@@ -1,0 +1,212 @@
+"""The command line: `deqlqr train`, `deqlqr check`, `deqlqr reproduce`."""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import deqlqr
+from deqlqr.data import DATASETS, load_data
+from deqlqr.equivalence import check_equivalence
+from deqlqr.models import MODELS, make_model
+from deqlqr.reproduce import FIGURES, reproduce
+from deqlqr.solution import ConvergenceError
+from deqlqr.training import OPTIMIZERS, SCHEDULES, TrainConfig, Trainer, resume_config
+
+_DEFAULT = TrainConfig()
+_PATH = click.Path(path_type=Path)
+
+
+def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn the library's errors into one line on standard error: 2 for misuse, 1 for failure."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except ValueError as error:
+            click.echo(f"deqlqr: {error}", err=True)
+            sys.exit(2)
+        except ConvergenceError as error:
+            click.echo(f"deqlqr: {error}", err=True)
+            sys.exit(1)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(deqlqr.__version__, prog_name="deqlqr")
+def main() -> None:
+    """Train deep-equilibrium models by optimal control."""
+
+
+@main.command(context_settings={"show_default": True})
+@click.option("--data", type=click.Choice(DATASETS), default=_DEFAULT.data, help="Data set.")
+@click.option("--data-root", type=_PATH, help="Folder that holds MNIST/raw (for --data mnist).")
+@click.option(
+    "--model", type=click.Choice(MODELS), show_default="dense; conv for mnist",
+    help="Dense tanh block, or the thesis' convolutional block with 12 inner channels.",
+)  # fmt: skip
+@click.option(
+    "--optimizer", type=click.Choice(OPTIMIZERS), default=_DEFAULT.optimizer,
+    help="Implicit natural gradient; gradient descent; the same with momentum 0.9; Adam.",
+)  # fmt: skip
+@click.option("--lr", type=float, show_default="ingd 0.5, gd 0.3, sgd 0.1, adam 0.01",
+              help="Step length.")  # fmt: skip
+@click.option("--damping", type=float, default=_DEFAULT.damping, help="delta of R + delta I.")
+@click.option(
+    "--minibatch", type=click.Choice(["exact", "per-sample"]), default=_DEFAULT.minibatch,
+    help="One LQR for the whole batch, or the mean of the samples' own steps.",
+)  # fmt: skip
+@click.option("--batch-size", type=int, default=_DEFAULT.batch_size, help="Samples of a step.")
+@click.option("--epochs", type=int, default=_DEFAULT.epochs, help="Passes over the data.")
+@click.option("--schedule", type=click.Choice(SCHEDULES), default=_DEFAULT.schedule,
+              help="How the step length goes on.")  # fmt: skip
+@click.option("--train-size", type=int, help="Use only the first training samples.")
+@click.option("--max-steps", type=int, help="Stop after so many steps.")
+@click.option("--log-every", type=int, default=_DEFAULT.log_every,
+              help="Steps between metrics lines and checkpoints.")  # fmt: skip
+@click.option("--eval-size", type=int, default=_DEFAULT.eval_size,
+              help="Test samples of a metrics line between epochs.")  # fmt: skip
+@click.option("--seed", type=int, default=_DEFAULT.seed, help="Of parameters and sample order.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
+              help="auto takes CUDA where there is one.")  # fmt: skip
+@click.option("--out", type=_PATH, show_default="runs/DATA-OPTIMIZER[-N]",
+              help="Folder for metrics, curves and checkpoint; must be new or empty.")  # fmt: skip
+@click.option("--resume", type=_PATH, help="Go on from a run's folder or checkpoint; its options "
+              "are the run's own, only --epochs and --device may be given.")  # fmt: skip
+@_reported
+@click.pass_context
+def train(context: click.Context, **options: Any) -> None:
+    """Train a DEQ; without options: digits, dense model, implicit natural gradient."""
+    device = _device(options.pop("device"))
+    out, resume = options.pop("out"), options.pop("resume")
+    if resume is not None:
+        _refuse_changes(context)
+        epochs = options["epochs"] if _given(context, "epochs") else None
+        config, content, folder = resume_config(resume, epochs)
+        trainer = Trainer(config, folder, device, content)
+    else:
+        config = _config(options)
+        folder = _new_folder(out, config)
+        trainer = Trainer(config, folder, device)
+    result = trainer.run()
+    click.echo(
+        f"test accuracy {result.accuracy:.2%} after {result.steps} steps, "
+        f"{result.seconds:.1f} s of training on {device.type}; see {result.folder}"
+    )
+    if result.interrupted:
+        click.echo(f"interrupted; go on with: deqlqr train --resume {result.folder}")
+        sys.exit(130)
+
+
+@main.command(context_settings={"show_default": True})
+@click.option("--model", type=click.Choice([*MODELS, "all"]), default="all", help="Which model.")
+@click.option("--data", type=click.Choice(DATASETS), default="digits", help="Data set.")
+@click.option("--data-root", type=_PATH, help="Folder that holds MNIST/raw (for --data mnist).")
+@click.option("--samples", type=int, default=4, help="Batch size of the check.")
+@click.option("--damping", type=float, default=1e-2, help="delta of R + delta I.")
+@click.option("--checkpoint", type=_PATH, help="Check a trained model: a run's folder or file.")
+@click.option("--seed", type=int, default=0, help="Of the models' parameters.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@_reported
+def check(
+    model: str,
+    data: str,
+    data_root: Path | None,
+    samples: int,
+    damping: float,
+    checkpoint: Path | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Compare every route to the same step, in float64; exit status 0 only if every row holds."""
+    trained = None
+    names = list(MODELS) if model == "all" else [model]
+    if checkpoint is not None:
+        config, trained, _ = resume_config(checkpoint, None)
+        names, data, data_root = [config.model], config.data, _as_path(config.data_root, data_root)
+    images = load_data(data, data_root)
+    if not 1 <= samples <= len(images.train_x):
+        raise ValueError(f"samples must lie in [1, {len(images.train_x)}], got {samples}.")
+    x, y = images.train_x[:samples], images.train_y[:samples]
+    reports = {}
+    for name in names:
+        network = make_model(name, tuple(x.shape[1:]), images.classes, seed=seed)
+        if trained is not None:
+            network.load_state_dict(trained["model"])
+        reports[name] = check_equivalence(network, x, y, damping=damping)
+        if not as_json:
+            click.echo(f"{name} model on {data}\n{reports[name]}\n")
+    if as_json:
+        click.echo(json.dumps({name: report.to_dict() for name, report in reports.items()}))
+    if not all(report.passed and report.complete for report in reports.values()):
+        sys.exit(1)
+
+
+@main.command("reproduce", context_settings={"show_default": True})
+@click.argument("figure", type=click.Choice(FIGURES))
+@click.option("--data-root", type=_PATH, required=True, help="Folder that holds MNIST/raw.")
+@click.option("--out", type=_PATH, default=Path("runs/fig4.1"), help="Folder for its results.")
+@click.option("--steps", type=int, default=400, help="Steps of every run.")
+@_reported
+def reproduce_command(figure: str, data_root: Path, out: Path, steps: int) -> None:
+    """Repeat a figure of the thesis; finished runs under --out are not run again.
+
+    fig4.1: test accuracy by iteration of implicit natural gradient and of gradient descent at
+    each learning rate of a grid, on MNIST with the toy convolutional block.
+    """
+    click.echo(reproduce(figure, data_root, out, steps))
+
+
+_LR = {"ingd": _DEFAULT.lr, "gd": 0.3, "sgd": 0.1, "adam": 0.01}
+
+
+def _config(options: dict[str, Any]) -> TrainConfig:
+    if options["lr"] is None:
+        options["lr"] = _LR[options["optimizer"]]
+    if options["model"] is None:
+        options["model"] = "conv" if options["data"] == "mnist" else "dense"
+    root = options["data_root"]
+    return TrainConfig(**{**options, "data_root": None if root is None else str(root)})
+
+
+def _new_folder(out: Path | None, config: TrainConfig) -> Path:
+    if out is not None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"out {str(out)!r} exists and is not empty; --resume goes on with it.")
+        return out
+    stem = Path("runs") / f"{config.data}-{config.optimizer}"
+    folder, number = stem, 1
+    while folder.exists():
+        number += 1
+        folder = Path(f"{stem}-{number}")
+    return folder
+
+
+def _given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
+def _refuse_changes(context: click.Context) -> None:
+    fixed = [n for n in context.params if n not in ("resume", "epochs", "device")]
+    given = ["--" + n.replace("_", "-") for n in fixed if _given(context, n)]
+    if given:
+        raise ValueError(f"{', '.join(given)} cannot be given with --resume: the run has its own.")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' is not available on this machine.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _as_path(stored: str | None, given: Path | None) -> Path | None:
+    return given if given is not None else None if stored is None else Path(stored)

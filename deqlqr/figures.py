@@ -1,0 +1,56 @@
+"""Figures: training curves of one run, and accuracy by iteration of several."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+
+
+def plot_curves(lines: list[dict[str, Any]], path: str | Path, title: str) -> None:
+    """Draw loss, test accuracy and the certificates of one run's metrics into a PNG."""
+    steps = [line for line in lines if line["kind"] == "step"]
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    panels = (
+        ("loss", "training loss (batch)", "log"),
+        ("accuracy", "test accuracy", "linear"),
+        ("evaluations", "evaluations of f per sample", "linear"),
+        ("closed_loop_radius", "closed-loop spectral radius", "linear"),
+    )
+    for axis, (key, label, scale) in zip(axes.flat, panels, strict=True):
+        points = [(line["step"], line[key]) for line in steps if line.get(key) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), color="tab:blue", linewidth=1.2)
+        else:
+            axis.text(0.5, 0.5, "not measured by\nthis optimizer", ha="center", va="center",
+                      transform=axis.transAxes, color="grey")  # fmt: skip
+        axis.set(xlabel="iteration", ylabel=label, yscale=scale)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def plot_accuracy(
+    runs: dict[str, list[dict[str, Any]]], path: str | Path, title: str, target: float
+) -> None:
+    """Draw test accuracy by iteration and by seconds, one curve for each named run."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for name, lines in runs.items():
+        steps = [line for line in lines if line["kind"] == "step"]
+        accuracy = [line["accuracy"] for line in steps]
+        width = 2.2 if name.startswith("implicit") else 1.0
+        left.plot([line["step"] for line in steps], accuracy, label=name, linewidth=width)
+        right.plot([line["seconds"] for line in steps], accuracy, linewidth=width)
+    for axis, label in ((left, "iteration"), (right, "seconds of training")):
+        axis.axhline(target, color="grey", linestyle=":", linewidth=1)
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    right.set_xscale("log")
+    left.set(ylabel="test accuracy")
+    left.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

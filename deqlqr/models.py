@@ -1,0 +1,60 @@
+"""The command line's models: encoder, DEQ layer, readout, small enough for the dense DARE.
+
+The exact minibatch step solves a DARE of batch x state size, so the state is kept small and the
+encoder brings the image down to it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from deqlqr.blocks import ConvBlock, DenseBlock
+from deqlqr.deq import DEQ
+
+MODELS = ("dense", "conv")
+
+
+def make_model(name: str, image: tuple[int, int, int], classes: int, *, seed: int = 0) -> nn.Module:
+    """Return a freshly initialised model for images (channels, height, width).
+
+    Args:
+        name: `"dense"`: a tanh `DenseBlock` with 12 states behind one convolution;
+            `"conv"`: the thesis' toy `ConvBlock` with 12 inner channels, on a state of
+            2 channels and 4 x 4 pixels.
+        image: Shape of one image; at least 8 x 8.
+        classes: Number of outputs.
+        seed: Of the initial parameters.
+
+    Raises:
+        ValueError: If the name is unknown or the image too small.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {MODELS}, got {name!r}.")
+    if min(image[1:]) < 8:
+        raise ValueError(f"image must be at least 8 x 8, got {image}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _dense(image, classes) if name == "dense" else _conv(image, classes)
+
+
+def _dense(image: tuple[int, int, int], classes: int, states: int = 12) -> nn.Module:
+    encoder = nn.Sequential(
+        nn.Conv2d(image[0], 8, 3), nn.Tanh(), nn.AdaptiveMaxPool2d(3), nn.Flatten()
+    )
+    return nn.Sequential(encoder, DEQ(DenseBlock(states, 72)), nn.Linear(states, classes))
+
+
+def _conv(image: tuple[int, int, int], classes: int, channels: int = 2) -> nn.Module:
+    encoder = nn.Sequential(
+        nn.Conv2d(image[0], 8, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(8, channels, 3, padding=1),
+        nn.AdaptiveAvgPool2d(4),
+    )
+    return nn.Sequential(
+        encoder, DEQ(ConvBlock(channels)), nn.Flatten(), nn.Linear(16 * channels, classes)
+    )
+
+
+def images_to(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the images in the dtype of the model's parameters."""
+    return x.to(next(model.parameters()).dtype)
