@@ -84,20 +84,29 @@ class DenseBlock(nn.Module):
 class ConvBlock(nn.Module):
     """The thesis' toy (figure 4.1): a convolutional ResNet block with group normalisation.
 
-        f(z, x) = N3(relu(z + N2(x + C2 N1(relu(C1 z)))))
+        f(z, x) = s N3(relu(z + N2(x + C2 N1(relu(C1 z))))),    s = min(1, max_lipschitz / L)
 
-    C1 maps `channels` to `inner_channels`, C2 back, both 3 x 3 with padding; N are group norms.
+    C1 maps `channels` to `inner_channels`, C2 back, both 3 x 3 with padding; N are group norms with
+    epsilon 1. A group norm divides by sqrt(variance + epsilon), so its Lipschitz constant is at
+    most g = max |weight| / sqrt(epsilon); that of a 3 x 3 convolution is at most
+    k = 3 ||weight as a matrix (out, in 9)||_2. Hence without s the block's is at most
+
+        L = g3 (1 + g2 k2 g1 k1),
+
+    and with s it is at most `max_lipschitz`: the fixed point exists, is unique, and cannot be lost
+    in training. The rescaling is differentiated like everything else.
 
     Args:
         channels: Channels of the state z (and of x).
         inner_channels: Channels inside; 12 in the thesis.
         groups: Groups of N2 and N3; divides `channels`.
         inner_groups: Groups of N1; divides `inner_channels`.
-        init_scale: Standard deviation of the initial convolution weights; small weights give a
-            fixed point.
+        max_lipschitz: Bound on the Lipschitz constant in z, in (0, 1); `None` lifts it, and with
+            it the guarantee.
+        init_scale: Standard deviation of the initial convolution weights.
 
     Raises:
-        ValueError: If the groups do not divide the channels.
+        ValueError: If an option is out of range or the groups do not divide the channels.
 
     Source: thesis section 4.4; the layout follows the residual block of Bai, Koltun and Kolter
     (2020), Multiscale Deep Equilibrium Models, arXiv:2006.08656.
@@ -110,7 +119,8 @@ class ConvBlock(nn.Module):
         *,
         groups: int = 1,
         inner_groups: int = 4,
-        init_scale: float = 0.01,
+        max_lipschitz: float | None = 0.9,
+        init_scale: float = 0.05,
     ) -> None:
         super().__init__()
         for name, count, name_g, g in (
@@ -119,14 +129,28 @@ class ConvBlock(nn.Module):
         ):
             if g < 1 or count < 1 or count % g:
                 raise ValueError(f"{name_g} must divide {name}, got {g} and {count}.")
-        self.channels = channels
+        if max_lipschitz is not None and not 0 < max_lipschitz < 1:
+            raise ValueError(f"max_lipschitz must lie in (0, 1), got {max_lipschitz}.")
+        self.channels, self.max_lipschitz = channels, max_lipschitz
         self.conv1 = nn.Conv2d(channels, inner_channels, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(inner_channels, channels, 3, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(inner_groups, inner_channels)
-        self.norm2 = nn.GroupNorm(groups, channels)
-        self.norm3 = nn.GroupNorm(groups, channels)
+        self.norm1 = nn.GroupNorm(inner_groups, inner_channels, eps=1.0)
+        self.norm2 = nn.GroupNorm(groups, channels, eps=1.0)
+        self.norm3 = nn.GroupNorm(groups, channels, eps=1.0)
         for conv in (self.conv1, self.conv2):
             nn.init.normal_(conv.weight, std=init_scale)
+
+    def lipschitz_bound(self) -> Tensor:
+        """Return L, the bound on the unscaled block's Lipschitz constant in z, a scalar tensor."""
+        g1, g2, g3 = (
+            norm.weight.abs().amax() / norm.eps**0.5
+            for norm in (self.norm1, self.norm2, self.norm3)
+        )
+        k1, k2 = (
+            3 * torch.linalg.matrix_norm(conv.weight.flatten(1), 2)
+            for conv in (self.conv1, self.conv2)
+        )
+        return g3 * (1 + g2 * k2 * g1 * k1)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return f(z, x) for z and x of shape (batch, channels, height, width).
@@ -139,4 +163,7 @@ class ConvBlock(nn.Module):
                 f"x must have shape (batch, {self.channels}, height, width), got {tuple(x.shape)}."
             )
         inner = self.norm1(F.relu(self.conv1(z)))
-        return self.norm3(F.relu(z + self.norm2(x + self.conv2(inner))))
+        fz = self.norm3(F.relu(z + self.norm2(x + self.conv2(inner))))
+        if self.max_lipschitz is None:
+            return fz
+        return fz * (self.max_lipschitz / self.lipschitz_bound()).clamp(max=1.0)

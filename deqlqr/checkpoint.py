@@ -35,6 +35,9 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path, *, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint with `torch.load(weights_only=True)`.
 
+    Returns:
+        The content given to `save_checkpoint`, with the format's own keys.
+
     Raises:
         ValueError: If the file is missing, corrupt, or not a checkpoint of this library.
     """

@@ -39,7 +39,7 @@ class Controls:
 
     @property
     def vector(self) -> Tensor:
-        """Return a detached copy of u, shape `(m,)`."""
+        """A detached copy of u, shape `(m,)`."""
         return torch.cat([p.detach().reshape(-1) for p in self.parameters])
 
     def unflatten(self, u: Tensor) -> dict[str, Tensor]:

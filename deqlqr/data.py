@@ -21,8 +21,11 @@ class ImageData:
 
     def to(self, device: torch.device) -> "ImageData":
         """Return the data on a device."""
-        moved = (t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y))
-        return ImageData(*moved, classes=self.classes)
+        move = lambda t: t.to(device)
+        return ImageData(
+            move(self.train_x), move(self.train_y), move(self.test_x), move(self.test_y),
+            self.classes,
+        )  # fmt: skip
 
     def first(self, samples: int | None) -> "ImageData":
         """Return the data with only the first training samples."""
@@ -40,6 +43,9 @@ def load_data(name: str, root: str | Path | None = None) -> ImageData:
     Args:
         name: `"digits"` or `"mnist"`.
         root: For MNIST, the folder torchvision's `MNIST(root=...)` reads; nothing is downloaded.
+
+    Returns:
+        Standardised images and labels, split into training and test.
 
     Raises:
         ValueError: If the name is unknown, `root` is missing, or MNIST is not under it.

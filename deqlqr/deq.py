@@ -15,7 +15,7 @@ Source: Bai, Kolter and Koltun (2019), arXiv:1909.01377; thesis section 2.4.1 an
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -26,7 +26,6 @@ from torch.func import functional_call
 from deqlqr._checks import choice
 from deqlqr.fixed_point import FixedPointSolution, Map, Solver, fixed_point, make_solver
 from deqlqr.lqr import LQR
-from deqlqr.riccati import solve_dare
 from deqlqr.solution import ConvergenceError
 from deqlqr.steady_state import steady_state
 
@@ -124,14 +123,14 @@ class DEQ(nn.Module):
         """Return the zero state (batch, *state) that belongs to the injection x."""
         if self.state_shape is not None:
             shape = self.state_shape
-        elif hasattr(self.block, "state_shape"):
-            shape = tuple(self.block.state_shape(x))
+        elif callable(own := getattr(self.block, "state_shape", None)):
+            shape = tuple(own(x))
         else:
             shape = tuple(x.shape[1:])
         return x.new_zeros(x.shape[0], *shape)
 
     @contextmanager
-    def tapped(self, z: Tensor) -> Iterator["Tap"]:
+    def tapped(self, z: Tensor) -> Generator["Tap", None, None]:
         """Within the context the layer returns z and records f(z, x) instead of solving."""
         if self._tap is not None:
             raise ValueError("the DEQ layer is being linearised already.")
@@ -181,7 +180,7 @@ class DEQ(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last solutions out of copies and pickles."""
-        return {**super().__getstate__(), "solution": None, "backward_solution": None}  # type: ignore[misc]
+        return {**super().__getstate__(), "solution": None, "backward_solution": None}
 
 
 class Tap:
@@ -192,7 +191,10 @@ class Tap:
         self.fz: Tensor | None = None
 
     def record(self, block: nn.Module, x: Tensor) -> Tensor:
-        """Evaluate the block at the tap's state and return that state.
+        """Evaluate the block at the tap's state.
+
+        Returns:
+            That state, in place of a fixed point.
 
         Raises:
             ValueError: If the model calls the layer more than once.

@@ -76,7 +76,7 @@ class Custom(OutputDivergence):
         """
         y = y.detach()
         gradient = torch.vmap(torch.func.grad(self.function))(y, y)
-        Lambda = torch.vmap(torch.func.hessian(self.function))(y, y)
+        Lambda = torch.vmap(torch.func.jacrev(torch.func.grad(self.function)))(y, y)
         if not bool(Lambda.isfinite().all()):
             raise ValueError("divergence: the Hessian of D(y, y_ref) at y = y_ref is not finite.")
         loose = torch.finfo(y.dtype).eps ** 0.5

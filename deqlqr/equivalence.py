@@ -5,7 +5,7 @@
     (E3)  N steps unrolled from z* with one tied control and terminal cost: the step of (E2) with
           S_N = (I + A + ... + A^(N-1)) B in place of S; it approaches (F3) like rho(A)^N
 
-Free controls with a terminal cost do not approach the damped natural step (design fact F10), so
+Free controls with a terminal cost do not approach the damped natural step (docs/maths.md), so
 that problem is no row here.
 """
 
@@ -31,6 +31,8 @@ from deqlqr.steady_state import static_step, steady_state
 
 _GRADIENT_TOLERANCE = 1e-9
 _STEP_TOLERANCE = 1e-7
+
+Route = Tensor | Callable[[], Tensor]  # a vector, or what computes it and may fail
 
 
 @dataclass(frozen=True)
@@ -327,19 +329,16 @@ class _Check:
         ]  # fmt: skip
         return rows
 
-    def _first_stabilising(self, lqr: LQR) -> tuple[float, Callable[[], Tensor], str]:
+    def _first_stabilising(self, lqr: LQR) -> tuple[float, Route, str]:
         """Return a damping at which the DARE is solvable: an indefinite Hessian needs more (F4)."""
-        damping = self.damping
-        for _ in range(8):
+        for power in range(8):
+            damping = self.damping * 10**power
             damped = lqr.damped(damping)
             dare = solve_dare(damped.A, damped.B, damped.Q, damped.R, damped.M, throw=False)
             if bool(dare.stabilising.all()):
-                note = "" if damping == self.damping else (
-                    f"indefinite at damping {self.damping:g}, so at {damping:g}"
-                )  # fmt: skip
-                return damping, lambda: steady_state(damped, dare).u, note
-            damping *= 10
-        skip = _Skip(f"no stabilising solution up to damping {damping / 10:g} (F4)")
+                note = f"indefinite at damping {self.damping:g}, so at {damping:g}" if power else ""
+                return damping, steady_state(damped, dare).u, note
+        skip = _Skip(f"no stabilising solution up to damping {damping:g} (F4)")
         return self.damping, lambda: _raise(skip), ""
 
     def _probes(self) -> Tensor:
@@ -368,9 +367,6 @@ class _Skip(Exception):
 
 def _raise(error: Exception) -> Tensor:
     raise error
-
-
-Route = Tensor | Callable[[], Tensor]
 
 
 def _row(

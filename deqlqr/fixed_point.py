@@ -257,7 +257,7 @@ class TorchDEQ(Solver):
             raise ValueError(f"name must be one of {_TORCHDEQ}, got {self.name!r}.")
 
     def start(self, z: Tensor) -> None:
-        """torchdeq keeps its own state."""
+        """Nothing: torchdeq keeps its own state."""
 
     def propose(self, state: None, z: Tensor, fz: Tensor, residual: Tensor) -> Tensor:
         """Not used: torchdeq runs its own loop."""
@@ -266,6 +266,9 @@ class TorchDEQ(Solver):
     def solve(self, f: Map, z: Tensor) -> FixedPointSolution:
         """Run torchdeq from z (batch, n), then evaluate f once more for the certificate.
 
+        Returns:
+            A `FixedPointSolution`; `MAX_STEPS` where (FP1) does not hold.
+
         Raises:
             ConvergenceError: If torchdeq itself raises (its Anderson does on overflow).
         """
@@ -273,7 +276,7 @@ class TorchDEQ(Solver):
 
         count = 0
 
-        def counted(z: Tensor) -> Tensor:
+        def counted(z: Tensor, tau: float = 1.0) -> Tensor:  # one solver passes its damping, 1
             nonlocal count
             count += 1
             return f(z)

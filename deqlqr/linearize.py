@@ -1,15 +1,15 @@
 """A model at its fixed point -> the LQR problem: A, B, Q, R, M and the linear terms a, b.
 
 The model may have an encoder before and a readout after its DEQ layer; every trainable parameter
-is a control (design fact F7). With the layer's output replaced by a free z, one evaluation of the
+is a control. With the layer's output replaced by a free z, one evaluation of the
 model gives both maps that are linearised, sample by sample:
 
     f(z, u) = block(z, injection(x; u); u),     y = h(z, u) = readout
 
     (N1)  A = f_z,  B = f_u,  a = h_z' dJ/dy,  b = h_u' dJ/dy
-    (N2)  exact minibatch: one u for all samples, states stacked (design fact F6)
-              A = blockdiag(A_s),  B = stack(B_s),  Q = blockdiag(Q_s),  M = [M_1 ... M_N],  R = sum R_s
-          with every cost carrying the 1/batch of the mean loss
+    (N2)  exact minibatch: one u for all samples, states stacked
+              A = blockdiag(A_s),  B = stack(B_s),  Q = blockdiag(Q_s),  M = [M_1 ... M_N],
+              R = sum R_s,  every cost carrying the 1/batch of the mean loss
     (N3)  per sample: one LQR for each sample, with the sample's own cost
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev
+from torch.func import functional_call, grad, jacrev
 
 from deqlqr._checks import at_least, choice
 from deqlqr.controls import Controls
@@ -161,6 +161,9 @@ def linearize_samples(
     model: nn.Module, x: Tensor, y: Tensor, loss: Loss, divergence: Divergence
 ) -> Linearization:
     """Linearise a model at its fixed point, sample by sample (N1).
+
+    Returns:
+        A `Linearization`, from which both kinds of minibatch problem are formed.
 
     Raises:
         ValueError: If data and model do not fit together, or the samples are not independent.
@@ -323,7 +326,7 @@ def _hamiltonian_hessian(
 
     blocks = []
     for s in range(len(x)):
-        full = hessian(hamiltonian)(torch.cat([z[s], u]), s)
+        full = jacrev(grad(hamiltonian))(torch.cat([z[s], u]), s)
         blocks.append(_sym(full))
     Q = torch.stack([full[:n, :n] for full in blocks])
     M = torch.stack([full[n:, :n] for full in blocks])

@@ -4,8 +4,10 @@ The exact minibatch step solves a DARE of batch x state size, so the state is ke
 encoder brings the image down to it.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deqlqr.blocks import ConvBlock, DenseBlock
 from deqlqr.deq import DEQ
@@ -13,7 +15,7 @@ from deqlqr.deq import DEQ
 MODELS = ("dense", "conv")
 
 
-def make_model(name: str, image: tuple[int, int, int], classes: int, *, seed: int = 0) -> nn.Module:
+def make_model(name: str, image: Sequence[int], classes: int, *, seed: int = 0) -> nn.Module:
     """Return a freshly initialised model for images (channels, height, width).
 
     Args:
@@ -36,14 +38,14 @@ def make_model(name: str, image: tuple[int, int, int], classes: int, *, seed: in
         return _dense(image, classes) if name == "dense" else _conv(image, classes)
 
 
-def _dense(image: tuple[int, int, int], classes: int, states: int = 12) -> nn.Module:
+def _dense(image: Sequence[int], classes: int, states: int = 12) -> nn.Module:
     encoder = nn.Sequential(
         nn.Conv2d(image[0], 8, 3), nn.Tanh(), nn.AdaptiveMaxPool2d(3), nn.Flatten()
     )
     return nn.Sequential(encoder, DEQ(DenseBlock(states, 72)), nn.Linear(states, classes))
 
 
-def _conv(image: tuple[int, int, int], classes: int, channels: int = 2) -> nn.Module:
+def _conv(image: Sequence[int], classes: int, channels: int = 2) -> nn.Module:
     encoder = nn.Sequential(
         nn.Conv2d(image[0], 8, 3, stride=2, padding=1),
         nn.Tanh(),
@@ -53,8 +55,3 @@ def _conv(image: tuple[int, int, int], classes: int, channels: int = 2) -> nn.Mo
     return nn.Sequential(
         encoder, DEQ(ConvBlock(channels)), nn.Flatten(), nn.Linear(16 * channels, classes)
     )
-
-
-def images_to(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the images in the dtype of the model's parameters."""
-    return x.to(next(model.parameters()).dtype)

@@ -65,7 +65,7 @@ class ImplicitNGD(torch.optim.Optimizer):
     """Steepest descent in a divergence, each step solved as an infinite-horizon LQR.
 
     All trainable parameters of the model (encoder, block, readout) are controls. A step whose
-    linear algebra fails, or after which the batch has no fixed point or no finite loss, is
+    linear algebra fails, or after which the batch has no fixed point or a higher loss, is
     rejected: the parameters stay as they were, the damping rises by `damping_increase` and the
     step is tried again, at most `max_rejections` times. After accepted steps a raised damping
     falls back towards `damping` by the square root of that factor.
@@ -80,9 +80,12 @@ class ImplicitNGD(torch.optim.Optimizer):
         divergence: What "steepest" is measured in (see `linearize`); `None` takes the one that
             matches the loss, which makes this natural gradient descent.
         minibatch: `"exact"`: one augmented LQR for the whole batch, dense in batch x state size.
-            `"per-sample"`: the mean of the samples' own steps, a different and cheaper direction.
+            `"per-sample"`: the mean of the samples' own steps, another direction; its DAREs are of
+            the state size, but R is factorised once for every sample.
         linalg_dtype: Type of the LQR's linear algebra; `None` takes the model's.
         damping_increase: Factor on the damping at a rejection.
+        max_increase: Largest relative rise of the batch's own loss that a step may cause.
+        step_tolerance: Largest residual of the steady state (`SteadyState.residual`) accepted.
         max_rejections: Attempts after the first before a step is given up.
 
     Attributes:
@@ -114,6 +117,8 @@ class ImplicitNGD(torch.optim.Optimizer):
         minibatch: Minibatch = "exact",
         linalg_dtype: torch.dtype | None = None,
         damping_increase: float = 10.0,
+        max_increase: float = 0.1,
+        step_tolerance: float = 1e-3,
         max_rejections: int = 6,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -127,6 +132,8 @@ class ImplicitNGD(torch.optim.Optimizer):
             raise ValueError(f"linalg_dtype must be float32, float64 or None, got {linalg_dtype}.")
         self.linalg_dtype = linalg_dtype or self.controls.parameters[0].dtype
         self.damping_increase = at_least("damping_increase", damping_increase, 1.0, strict=True)
+        self.max_increase = at_least("max_increase", max_increase, 0.0)
+        self.step_tolerance = at_least("step_tolerance", step_tolerance, 0.0, strict=True)
         self.max_rejections = int(at_least("max_rejections", max_rejections, 0))
         self.last_step: StepReport | None = None
         delta = at_least("damping", damping, 0.0, strict=True)
@@ -161,6 +168,9 @@ class ImplicitNGD(torch.optim.Optimizer):
         Args:
             x: Inputs `(batch, ...)`.
             y: Targets `(batch, ...)`.
+
+        Returns:
+            The loss before the step; `last_step` says what was done.
 
         Raises:
             ValueError: If the data do not fit the model or the loss; nothing has changed then.
@@ -239,10 +249,16 @@ class ImplicitNGD(torch.optim.Optimizer):
             if failure is not None:
                 return None, worst, failure
             try:
-                u = steady_state(lqr, dare).u
+                state = steady_state(lqr, dare)
             except ConvergenceError as error:
                 return None, worst, str(error)
-            total += u if exact else u.sum(0) / local.A.shape[0]
+            gap = float(state.residual.max())
+            if not gap <= self.step_tolerance:
+                return None, worst, f"the steady state holds only to {gap:.1e}"
+            slope = (lqr.a * state.x).sum(-1) + (lqr.b * state.u).sum(-1)
+            if bool((slope > 0).any()):  # a stabilising P of an indefinite problem: a saddle
+                return None, worst, "the step does not descend"
+            total += state.u if exact else state.u.sum(0) / local.A.shape[0]
         assert worst is not None  # noqa: S101
         return total, worst, None
 
@@ -260,8 +276,8 @@ class ImplicitNGD(torch.optim.Optimizer):
         if lost is not None:
             return float("nan"), lost
         after = float(self.loss(outputs, y))
-        if not after < float("inf"):
-            return after, f"the loss after the step is {after}"
+        if not after <= loss + self.max_increase * max(abs(loss), 1e-6):
+            return after, f"the loss of the batch rose from {loss:.3e} to {after:.3e}"
         return after, None
 
 

@@ -17,7 +17,10 @@ GD_GRID = (0.1, 0.3, 1.0, 3.0)
 
 
 def reproduce(figure: str, data_root: Path, out: Path, steps: int) -> str:
-    """Run a figure's experiment under `out` and return the line that sums it up.
+    """Run a figure's experiment under `out`.
+
+    Returns:
+        The line that sums it up: what the thesis reports, and what was measured.
 
     Raises:
         ValueError: If the figure is unknown or the data are missing.

@@ -19,7 +19,7 @@ Source: Chu, Fan, Lin, Wang (2004), Structure-preserving algorithms for periodic
 algebraic Riccati equations, Int. J. Control 77(8). doi:10.1080/00207170410001714988.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -164,7 +164,12 @@ class Doubling:
         if plain.stabilising.all():
             return plain
         alpha = _shift(Q, R, M).masked_fill(plain.stabilising, 0.0)
-        return self._attempt(A, B, Q, R, M, alpha)
+        shifted = self._attempt(A, B, Q, R, M, alpha)
+        # Where both fail, the plain attempt's verdict is the one on the problem as posed.
+        better = shifted.stabilising
+        pick = lambda name: torch.where(better, getattr(shifted, name), getattr(plain, name))
+        names = ("closed_loop_radius", "residual", "iterations", "result")
+        return replace(shifted, **{name: pick(name) for name in names})
 
     def _attempt(
         self, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, M: Tensor, alpha: Tensor | None
@@ -205,7 +210,8 @@ class Doubling:
             iterations += running
             broken = torch.where(running & ~finite, DareResult.NON_FINITE, broken)
             keep = (running & finite)[..., None, None]
-            A, G, H = (torch.where(keep, *pair) for pair in ((A_next, A), (G_next, G), (H_next, H)))
+            A, G = torch.where(keep, A_next, A), torch.where(keep, G_next, G)
+            H = torch.where(keep, H_next, H)
             running = running & finite & ~converged
         broken = torch.where(running, DareResult.NOT_CONVERGED, broken)
         return H, iterations, broken

@@ -38,7 +38,7 @@ class DareResult(ResultCode):
     STABILISING = 0, "P solves the DARE and the closed loop A - BK is stable."
     NONE = (
         1,
-        "No stabilising solution was found: (A, B) is not stabilisable, or [Q M'; M R] is "
+        "No stabilising solution was found: (A, B) may not be stabilisable, or [Q M'; M R] be "
         "indefinite (Newton with a bad Hessian). Raise the damping.",
     )
     NOT_CONVERGED = 2, "Not converged within `max_steps`, or the residual is above `rtol`."
@@ -74,7 +74,7 @@ def describe_failures(result: Tensor, codes: type[Code], what: str) -> str | Non
     failed = [i for i, code in enumerate(flat) if code != 0]
     if not failed:
         return None
-    first = codes(flat[failed[0]])
+    first = next(code for code in codes if code == flat[failed[0]])
     where = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
     return (
         f"{what}: {len(failed)} of {len(flat)} batch elements failed (elements {where}); "

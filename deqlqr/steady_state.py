@@ -3,9 +3,10 @@
     (R2)  lam = a + A'lam - K'(b + B'lam)            that is  (I - A_cl)' lam = a - K'b
     (R3)  u = -K x - (R + B'PB)^-1 (b + B'lam),   x = A x + B u
     (F3)  u = -(S'QS + S'M' + M S + R)^-1 (S'a + b),   S = (I - A)^-1 B
+    (K1)  p = A'p + Q x + M'u + a,   0 = B'p + M x + R u + b,   x = A x + B u,   p = P x + lam
 
 (R3) needs the stabilising P; (F3) needs neither P nor a Riccati equation, and gives the same u
-when P exists (design fact F3, checked in the tests to 1e-10). Source: thesis eq. 4.1.7, 4.1.12.
+when P exists (docs/maths.md; checked in the tests to 1e-9). Source: thesis eq. 4.1.7, 4.1.12.
 """
 
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ class SteadyState:
         u: Control, `(*batch, m)`: the update of the parameters at unit step length.
         x: State, `(*batch, n)`: the first-order change of z* that u causes.
         lam: Linear part of the costate, `(*batch, n)`.
+        residual: Largest relative residual of the static problem's optimality conditions (K1)
+            at (x, u), `(*batch,)`: how well u solves what it is meant to solve, P set aside.
     """
 
     u: Tensor
     x: Tensor
     lam: Tensor
+    residual: Tensor
 
 
 def steady_state(lqr: LQR, dare: DareSolution | None = None) -> SteadyState:
@@ -68,7 +72,9 @@ def steady_state(lqr: LQR, dare: DareSolution | None = None) -> SteadyState:
     x = loop.solve(-(B @ drive))
     u = -(K @ x) - drive  # (R3)
     _require_regular("steady state", u, loop.info)
-    return SteadyState(u[..., 0], x[..., 0], lam[..., 0])
+    p = dare.P @ x + lam
+    residual = _optimality(lqr, x, u, p)
+    return SteadyState(u[..., 0], x[..., 0], lam[..., 0], residual)
 
 
 def static_step(lqr: LQR) -> Tensor:
@@ -85,6 +91,22 @@ def static_step(lqr: LQR) -> Tensor:
     step, info = torch.linalg.solve_ex(curvature, gradient)
     _require_regular("static step", step, info_S, info)
     return -step[..., 0]  # (F3)
+
+
+def _optimality(lqr: LQR, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    """Return the largest of (K1)'s three residuals, each relative to its largest term."""
+    a, b = lqr.a[..., None], lqr.b[..., None]
+    equations = (
+        (lqr.A.mT @ p, lqr.Q @ x, lqr.M.mT @ u, a, -p),
+        (lqr.B.mT @ p, lqr.M @ x, lqr.R @ u, b),
+        (lqr.A @ x, lqr.B @ u, -x),
+    )
+    worst = torch.zeros_like(x[..., 0, 0])
+    for terms in equations:
+        scale = torch.stack([term.norm(dim=(-2, -1)) for term in terms]).amax(0)
+        error = torch.stack(terms).sum(0).norm(dim=(-2, -1))
+        worst = torch.maximum(worst, error / scale.clamp(min=torch.finfo(p.dtype).tiny))
+    return worst
 
 
 def _require_regular(what: str, result: Tensor, *infos: Tensor) -> None:

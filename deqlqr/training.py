@@ -7,7 +7,7 @@ step length from the step's number, so a resumed run repeats the uninterrupted o
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from math import cos, pi
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from deqlqr._checks import at_least, choice
 from deqlqr.checkpoint import load_checkpoint, save_checkpoint
-from deqlqr.data import DATASETS, ImageData, load_data
+from deqlqr.data import DATASETS, load_data
 from deqlqr.deq import find_deq
 from deqlqr.figures import plot_curves
 from deqlqr.metrics import MetricsFile, read_metrics
@@ -119,7 +119,10 @@ class GradientStep:
         self.model, self.optimizer = model, optimizer
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take one step and return the loss before it; nothing changes if the loss is not finite.
+        """Take one step; nothing changes if the loss is not finite.
+
+        Returns:
+            The loss before the step.
 
         Raises:
             ConvergenceError: If a sample has no fixed point or the loss is not finite.
@@ -223,6 +226,9 @@ class Trainer:
 
     def run(self, *, quiet: bool = False) -> TrainResult:
         """Train to the end, or until an interrupt; either way nothing learned is lost.
+
+        Returns:
+            How the run ended.
 
         Raises:
             ConvergenceError: If training cannot go on; the state before is in the checkpoint.
@@ -341,7 +347,7 @@ class Trainer:
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def _interruptible() -> Generator[threading.Event, None, None]:
     """Let the first Ctrl-C (or SIGTERM) finish the step; a second one interrupts at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,0 +1,251 @@
+"""Tests for `deqlqr/deq.py` and `deqlqr/blocks.py`."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from deqlqr import DEQ, Anderson, ConvBlock, ConvergenceError, DenseBlock, Picard
+
+from .problems import randn, relative
+
+TIGHT = {"tol": 1e-13, "max_steps": 1000}
+
+
+class Cell(nn.Module):
+    """A user's own block, unlike the library's."""
+
+    def __init__(self, n: int = 3, scale: float = 0.5) -> None:
+        super().__init__()
+        self.mix = nn.Linear(n, n)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, z, x):
+        return self.scale * torch.tanh(self.mix(z) + x) + 0.1 * x * z
+
+
+def unrolled(block, x, steps=400):
+    z = torch.zeros_like(x)
+    for _ in range(steps):
+        z = block(z, x)
+    return z
+
+
+def grads(output, module, x, weight):
+    return torch.autograd.grad((output * weight).sum(), [x, *module.parameters()])
+
+
+@pytest.mark.parametrize("backward", ["implicit", "lqr"])
+@pytest.mark.parametrize("solver", ["anderson", "picard", "torchdeq:anderson"])
+def test_gradient_equals_that_of_the_unrolled_iteration(solver, backward):
+    block, x = Cell().double(), 0.3 * randn(4, 3)
+    x.requires_grad_()
+    tol = 1e-11 if solver.startswith("torchdeq") else 1e-13
+    layer = DEQ(block, solver=solver, backward=backward, tol=tol, max_steps=1000)
+    weight = randn(4, 3, seed=1)
+    ours = grads(layer(x), block, x, weight)
+    theirs = grads(unrolled(block, x), block, x, weight)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative(a, b) < 1e-9
+
+
+@pytest.mark.parametrize("backward", ["implicit", "lqr"])
+@pytest.mark.parametrize("name", ["dense", "relu", "conv", "cell"])
+def test_gradcheck_and_gradgradcheck(name, backward):
+    torch.manual_seed(1)
+    block, x = {
+        "dense": (DenseBlock(3, 2), randn(2, 2)),
+        "relu": (DenseBlock(3, 2, activation="relu"), randn(2, 2)),
+        "conv": (ConvBlock(2, 4, inner_groups=2, init_scale=0.1), randn(2, 2, 3, 3)),
+        "cell": (Cell(), 0.3 * randn(2, 3)),
+    }[name]
+    layer = DEQ(block.double(), backward=backward, **TIGHT)
+    names = [n for n, _ in layer.named_parameters()]
+    parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+
+    def call(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    inputs = (x.requires_grad_(), *parameters)
+    assert torch.autograd.gradcheck(call, inputs, atol=1e-6, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, atol=1e-5, fast_mode=True)
+
+
+def test_third_derivative_equals_the_unrolled_one():
+    block = Cell(1).double()
+    layer = DEQ(block, **TIGHT)
+
+    def third(f):
+        x = torch.tensor([[0.4]], dtype=torch.float64, requires_grad=True)
+        y = f(x)
+        for _ in range(3):
+            (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return y.item()
+
+    assert third(layer) == pytest.approx(third(lambda x: unrolled(block, x)), rel=1e-8)
+
+
+def test_any_order_of_forwards_and_backwards_and_two_uses_in_one_graph():
+    block, layer = Cell().double(), None
+    layer = DEQ(block, **TIGHT)
+    x1, x2 = (0.3 * randn(2, 3, seed=s) for s in (1, 2))
+    loss = lambda x: layer(x).square().sum()
+    alone = [torch.autograd.grad(loss(x), list(block.parameters())) for x in (x1, x2)]
+    first, second = loss(x1), loss(x2)
+    crossed = [torch.autograd.grad(v, list(block.parameters())) for v in (second, first)]
+    for a, b in zip(alone[0] + alone[1], crossed[1] + crossed[0], strict=True):
+        assert torch.equal(a, b)
+    twice = torch.autograd.grad(layer(layer(x1)).sum(), list(block.parameters()))
+    nested = torch.autograd.grad(
+        unrolled(block, unrolled(block, x1)).sum(), list(block.parameters())
+    )
+    assert all(relative(a, b) < 1e-9 for a, b in zip(twice, nested, strict=True))
+
+
+def test_gradient_is_exact_in_eval_mode_and_absent_under_no_grad():
+    layer = DEQ(Cell()).eval()
+    x = 0.3 * randn(2, 3).float()
+    assert layer(x).requires_grad
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+
+
+def test_frozen_parameters_get_no_gradient_and_the_others_theirs():
+    block = Cell().double()
+    block.mix.weight.requires_grad_(False)
+    layer, x = DEQ(block, **TIGHT), 0.3 * randn(2, 3)
+    layer(x).sum().backward()
+    assert block.mix.weight.grad is None
+    wanted = torch.autograd.grad(unrolled(block, x).sum(), block.scale)
+    assert relative(block.scale.grad, wanted[0]) < 1e-9
+
+
+def test_samples_without_a_fixed_point_follow_the_policy():
+    class Bad(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, z, x):
+            return torch.where(x > 0, z**2 + z + self.shift, 0.5 * z + self.shift)
+
+    x = torch.tensor([[1.0], [-1.0]])
+    with pytest.raises(ConvergenceError, match=r"1 of 2 batch elements failed \(elements 0\)"):
+        DEQ(Bad())(x)
+    with pytest.warns(RuntimeWarning, match="elements 0"):
+        DEQ(Bad(), on_failure="warn")(x)
+    layer = DEQ(Bad(), on_failure="return")
+    z = layer(x)
+    assert layer.solution.converged.tolist() == [False, True]
+    assert z[1].item() == pytest.approx(2.0, abs=1e-4)
+
+
+def test_a_failed_adjoint_solve_is_reported():
+    block = DenseBlock(6, gain=0.5, max_norm=None)
+    with torch.no_grad():
+        block.state.weight.copy_(0.95 * torch.linalg.qr(randn(6, 6))[0])
+    layer = DEQ(block, solver=Picard(tol=1e-5, max_steps=400))
+    x = 0.01 * randn(3, 6).float()
+    z = layer(x)
+    layer.solver = Picard(tol=1e-5, max_steps=3)
+    with pytest.raises(ConvergenceError, match=r"adjoint \(D1\)"):
+        z.sum().backward()
+
+
+def test_lqr_path_refuses_a_block_that_mixes_samples():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, z, x):
+            return self.scale * (z + z.roll(1, 0)) + x
+
+    x = randn(3, 2).float()
+    DEQ(Mixing(), solver="picard")(x).sum().backward()
+    with pytest.raises(ConvergenceError, match="mixes the samples"):
+        (DEQ(Mixing(), solver="picard", backward="lqr")(x) * x).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: DEQ(torch.tanh), "block must be an nn.Module"),
+        (lambda: DEQ(Cell(), backward="exact"), "backward must be one of"),
+        (lambda: DEQ(Cell(), on_failure="ignore"), "on_failure must be one of"),
+        (lambda: DEQ(Cell(), solver="andersen"), "solver must be one of"),
+        (lambda: DEQ(Cell(), tolerance=1e-3), "tolerance"),
+        (lambda: DEQ(nn.Bilinear(3, 3, 2))(torch.ones(2, 3)), r"expected \(2, 3\), got \(2, 2\)"),
+        (lambda: DEQ(Cell())(torch.ones(2, 3), torch.ones(1, 3)), "z0 must have batch size 2"),
+        (lambda: DenseBlock(3, gain=1.5), "gain must lie in"),
+        (lambda: DenseBlock(3, max_norm=1.0), "max_norm must lie in"),
+        (lambda: DenseBlock(3, activation="gelu"), "activation must be one of"),
+        (lambda: DEQ(DenseBlock(3, 2))(torch.ones(2, 5)), r"x must have shape \(batch, 2\)"),
+        (lambda: ConvBlock(3, 12, groups=2), "groups must divide channels"),
+        (lambda: DEQ(ConvBlock(2, 12))(torch.ones(2, 5)), "x must have shape"),
+    ],
+)
+def test_misuse_names_the_argument(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
+
+
+def test_nan_input_is_a_convergence_error_that_says_so():
+    with pytest.raises(ConvergenceError, match="NON_FINITE"):
+        DEQ(Cell())(torch.full((2, 3), float("nan")))
+
+
+def test_state_shape_comes_from_the_argument_the_block_or_the_input():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(5, 2)
+
+        def forward(self, z, x):
+            return 0.5 * torch.tanh(z + self.inner(x))
+
+    x = torch.ones(3, 5)
+    assert DEQ(Pooled(), state_shape=(2,))(x).shape == (3, 2)
+    assert DEQ(DenseBlock(4, 5))(x).shape == (3, 4)
+    assert DEQ(Cell(5))(0.1 * x).shape == (3, 5)
+
+
+def test_copies_and_pickles_leave_solutions_behind():
+    layer = DEQ(Cell(), solver=Anderson(memory=3))
+    layer(0.1 * torch.ones(2, 3)).sum().backward()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.solution is None and other.solver == layer.solver
+    assert layer.solution is not None
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_dense_block_is_a_contraction_whatever_its_parameters(activation):
+    block = DenseBlock(6, 4, activation=activation, max_norm=0.9).double()
+    with torch.no_grad():
+        block.state.weight.copy_(20 * randn(6, 6))
+    x, z1, z2 = randn(50, 4), 3 * randn(50, 6, seed=1), 3 * randn(50, 6, seed=2)
+    ratio = (block(z1, x) - block(z2, x)).norm(dim=-1) / (z1 - z2).norm(dim=-1)
+    assert ratio.max() <= 0.9 + 1e-12
+    assert torch.linalg.matrix_norm(block.weight, 2).item() == pytest.approx(0.9)
+    assert DEQ(block)(x).isfinite().all()
+
+
+def test_conv_block_is_the_thesis_toy_by_default():
+    block = ConvBlock(2)
+    assert block.conv1.out_channels == 12 and isinstance(block.norm1, nn.GroupNorm)
+    layer = DEQ(block)
+    assert layer(randn(3, 2, 4, 4).float()).shape == (3, 2, 4, 4)
+    assert layer.solution.converged.all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backward", ["implicit", "lqr"])
+def test_gradient_on_the_gpu_agrees_with_the_cpu(backward):
+    block, x = Cell().double(), 0.3 * randn(4, 3)
+    here = torch.autograd.grad(DEQ(block, **TIGHT)(x).sum(), list(block.parameters()))
+    block = block.cuda()
+    layer = DEQ(block, backward=backward, **TIGHT)
+    there = torch.autograd.grad(layer(x.cuda()).sum(), list(block.parameters()))
+    assert all(relative(b.cpu(), a) < 1e-9 for a, b in zip(here, there, strict=True))

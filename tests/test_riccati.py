@@ -1,0 +1,243 @@
+"""Tests for `deqlqr/riccati.py`, `deqlqr/lqr.py` and `deqlqr/steady_state.py`."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deqlqr import (
+    LQR,
+    ConvergenceError,
+    DareResult,
+    Doubling,
+    solve_dare,
+    spectral_radius,
+    static_step,
+    steady_state,
+)
+
+from .problems import DTYPES, make_lqr, randn, relative
+
+TOL = {torch.float32: 1e-3, torch.float64: 1e-9}
+I2 = torch.eye(2, dtype=torch.float64)
+# a = 1/2, b = r = 1, q = -1 in the first state: p^2 + (1 - a^2 - q) p - q = 0 has no real root.
+NONE = LQR(I2 / 2, I2[:, :1], torch.diag(torch.tensor([-1.0, 1.0])).double(), I2[:1, :1],
+           torch.zeros(1, 2).double(), I2[0] + I2[1], I2[0, :1])  # fmt: skip
+
+
+def solve(lqr, **options):
+    return solve_dare(lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, **options)
+
+
+def scipy_dare(lqr):
+    arrays = (X.numpy() for X in (lqr.A, lqr.B, lqr.Q, lqr.R))
+    return torch.as_tensor(scipy.linalg.solve_discrete_are(*arrays, s=lqr.M.mT.numpy()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rho", [0.5, 1.2], ids=["stable", "unstable"])
+@pytest.mark.parametrize("n, m", [(1, 1), (5, 2), (4, 9), (12, 40)])
+def test_agrees_with_scipy_and_its_certificate_is_true(n, m, rho, dtype):
+    lqr = make_lqr(n, m, rho=rho)
+    dare = solve(lqr.to(dtype))
+    assert dare.P.dtype == dtype
+    assert relative(dare.P.double(), scipy_dare(lqr)) < TOL[dtype]
+    A_cl = lqr.A - lqr.B @ dare.K.double()
+    radius = torch.linalg.eigvals(A_cl).abs().max()
+    assert abs(dare.closed_loop_radius.double() - radius) < 1e-2 and radius < 1
+    assert dare.result == DareResult.STABILISING and dare.residual < TOL[dtype]
+    assert torch.equal(dare.P, dare.P.mT)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 6), m=st.integers(1, 6), rho=st.floats(0.0, 1.5), seed=st.integers(0, 999))
+def test_residual_and_stability_hold_on_random_problems(n, m, rho, seed):
+    lqr = make_lqr(n, m, rho=rho, seed=seed)
+    dare = solve(lqr)
+    P, K = dare.P, dare.K
+    mixed = lqr.M + lqr.B.mT @ P @ lqr.A
+    scale = max(1.0, float(P.norm()))
+    assert ((lqr.R + lqr.B.mT @ P @ lqr.B) @ K - mixed).norm() < 1e-8 * scale * (1 + K.norm())
+    assert (lqr.A.mT @ P @ lqr.A + lqr.Q - mixed.mT @ K - P).norm() < 1e-8 * scale
+    assert torch.linalg.eigvals(lqr.A - lqr.B @ K).abs().max() < 1
+
+
+@pytest.mark.parametrize("batch", [(3,), (2, 3)])
+def test_a_batch_equals_its_elements(batch):
+    lqr = make_lqr(4, 2, batch)
+    dare = solve(lqr)
+    assert dare.P.shape == (*batch, 4, 4) and dare.result.shape == batch
+    for index in np.ndindex(batch):
+        alone = solve_dare(*(X[index] for X in (lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M)))
+        torch.testing.assert_close(dare.P[index], alone.P, rtol=1e-10, atol=1e-12)
+
+
+def test_singular_input_cost_is_solved_through_the_exact_shift():
+    A, B = torch.tensor([[2.0, -1.0], [1.0, 0.0]]).double(), torch.tensor([[1.0], [0.0]]).double()
+    Q, R = torch.diag(torch.tensor([0.0, 1.0])).double(), torch.zeros(1, 1).double()
+    torch.testing.assert_close(solve_dare(A, B, Q, R).P, I2)  # DAREX 1.1: P = I
+
+
+def test_undetectable_unstable_mode_gives_the_stabilising_not_the_minimal_solution():
+    A, B = torch.diag(torch.tensor([2.0, 0.5])).double(), torch.ones(2, 1).double()
+    dare = solve_dare(A, B, 0 * I2, torch.eye(1).double())
+    assert dare.P.norm() > 1  # the minimal solution P = 0 has residual 0 and does not stabilise
+    assert torch.linalg.eigvals(A - B @ dare.K).abs().max() < 1
+
+
+def test_every_failure_has_its_code_and_leaves_the_others_exact():
+    lqr = make_lqr(2, 1, (5,), rho=0.5)
+    A, B, Q, R, M = (X.clone() for X in (lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M))
+    A[1], B[1] = torch.diag(torch.tensor([1.5, 0.5])), torch.tensor([[0.0], [1.0]])
+    A[2], B[2], Q[2], R[2], M[2] = NONE.A, NONE.B, NONE.Q, NONE.R, NONE.M
+    Q[3, 0, 0] = float("nan")
+    dare = solve_dare(A, B, Q, R, M, throw=False)
+    codes = [DareResult(c) for c in dare.result.tolist()]
+    assert codes[0] == codes[4] == DareResult.STABILISING
+    assert codes[1] in (DareResult.NONE, DareResult.NON_FINITE, DareResult.NOT_CONVERGED)
+    assert codes[2] in (DareResult.NONE, DareResult.NON_FINITE, DareResult.NOT_CONVERGED)
+    assert codes[3] == DareResult.NON_FINITE
+    assert dare.P[1:4].isnan().all() and dare.K[1:4].isnan().all()
+    for i in (0, 4):
+        alone = solve_dare(A[i], B[i], Q[i], R[i], M[i])
+        torch.testing.assert_close(dare.P[i], alone.P, rtol=1e-12, atol=1e-14)
+    with pytest.raises(ConvergenceError, match=r"3 of 5 batch elements failed \(elements 1, 2, 3"):
+        solve_dare(A, B, Q, R, M)
+
+
+def test_uncontrolled_mode_on_the_unit_circle_is_no_stabilising_solution():
+    A, B = torch.diag(torch.tensor([1.0, 0.5])).double(), torch.tensor([[0.0], [1.0]]).double()
+    assert solve_dare(A, B, I2, torch.eye(1).double(), throw=False).result != 0
+    zero = solve_dare(A, B, 0 * I2, torch.eye(1).double(), throw=False)
+    assert zero.result == DareResult.BOUNDARY
+
+
+def test_too_few_steps_is_a_failure_not_an_answer():
+    dare = solve(make_lqr(5, 2, rho=1.2), solver=Doubling(max_steps=1), throw=False)
+    assert dare.result == DareResult.NOT_CONVERGED and dare.P.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("A", torch.ones(3, 2).double(), r"A must have shape \(3, 3\)"),
+        ("Q", torch.ones(2, 2).double(), r"Q must have shape \(3, 3\)"),
+        ("R", torch.ones(1).double(), r"R must have shape \(2, 2\)"),
+        ("M", torch.ones(3, 2).double(), r"M must have shape \(2, 3\)"),
+        ("B", torch.ones(3).double(), r"B must be a tensor of shape"),
+        ("A", torch.ones(3, 3), "A must be torch.float64"),
+        ("A", torch.ones(3, 3).long(), "A must be float32 or float64"),
+        ("Q", torch.triu(torch.ones(3, 3).double()), "Q must be symmetric"),
+        ("R", torch.tensor([[1.0, 2.0], [0.0, 1.0]]).double(), "R must be symmetric"),
+        ("A", [[1.0]], "A must have shape"),
+    ],
+)
+def test_misuse_names_the_argument(name, value, message):
+    lqr = make_lqr(3, 2)
+    arguments = {k: getattr(lqr, k) for k in "ABQRM"} | {name: value}
+    with pytest.raises(ValueError, match=message):
+        solve_dare(**arguments)
+
+
+def test_spectral_radius_is_an_upper_bound_and_tight():
+    for seed in range(20):
+        A = randn(6, 6, seed=seed)
+        exact = torch.linalg.eigvals(A).abs().max()
+        assert exact * (1 - 1e-12) <= spectral_radius(A) <= exact * 1.002
+        assert spectral_radius(A, squarings=26) <= exact * (1 + 1e-6)
+    assert spectral_radius(torch.zeros(3, 3)) < 1e-3
+    assert spectral_radius(torch.tensor([[0.0, 1.0], [0.0, 0.0]])) < 0.1  # nilpotent
+    assert spectral_radius(torch.full((2, 2), float("nan"))).isnan()
+
+
+def fixed_by_elimination(lqr):
+    """Solve the KKT system of the static problem: an independent route to u, x and lam."""
+    n, m = lqr.n, lqr.m
+    K = torch.zeros(2 * n + m, 2 * n + m, dtype=torch.float64)
+    x, u, p = slice(0, n), slice(n, n + m), slice(n + m, None)
+    eye = torch.eye(n, dtype=torch.float64)
+    K[x, x], K[x, u], K[x, p] = lqr.Q, lqr.M.mT, (lqr.A - eye).mT
+    K[u, x], K[u, u], K[u, p] = lqr.M, lqr.R, lqr.B.mT
+    K[p, x], K[p, u] = lqr.A - eye, lqr.B
+    solved = torch.linalg.solve(K, -torch.cat([lqr.a, lqr.b, torch.zeros(n).double()]))
+    return solved[u], solved[x]
+
+
+@pytest.mark.parametrize("rho", [0.3, 0.9, 1.2])
+@pytest.mark.parametrize("n, m", [(4, 2), (3, 8)])
+def test_steady_state_equals_the_static_step_and_the_dense_kkt_system(n, m, rho):
+    lqr = make_lqr(n, m, rho=rho)
+    state = steady_state(lqr)
+    u, x = fixed_by_elimination(lqr)
+    assert relative(state.u, u) < 1e-9 and relative(state.x, x) < 1e-9
+    assert relative(static_step(lqr), u) < 1e-9
+    torch.testing.assert_close(state.x, lqr.A @ state.x + lqr.B @ state.u)  # (R3)
+    dare = solve(lqr)
+    lam = lqr.a + lqr.A.mT @ state.lam - dare.K.mT @ (lqr.b + lqr.B.mT @ state.lam)
+    torch.testing.assert_close(state.lam, lam)  # (R2)
+
+
+def test_steady_state_is_where_the_controlled_system_goes():
+    lqr = make_lqr(4, 2)
+    dare = solve(lqr)
+    state = steady_state(lqr, dare)
+    drive = state.u + dare.K @ state.x
+    x = torch.zeros(4, dtype=torch.float64)
+    for _ in range(500):
+        x = lqr.A @ x + lqr.B @ (drive - dare.K @ x)
+    torch.testing.assert_close(x, state.x)
+
+
+def test_a_wrong_riccati_matrix_gives_a_wrong_step():
+    lqr = make_lqr(4, 2)
+    shorter = solve(LQR(lqr.A, lqr.B, 2 * lqr.Q, lqr.R, lqr.M, lqr.a, lqr.b))
+    assert relative(steady_state(lqr, shorter).u, static_step(lqr)) > 1e-3
+
+
+def test_zero_state_cost_gives_minus_the_implicit_gradient():
+    lqr = make_lqr(5, 3)
+    eye = torch.eye(3, dtype=torch.float64)
+    plain = LQR(lqr.A, lqr.B, 0 * lqr.Q, eye, 0 * lqr.M, lqr.a, 0 * lqr.b)
+    implicit = lqr.B.mT @ torch.linalg.solve(torch.eye(5).double() - lqr.A.mT, lqr.a)
+    assert relative(steady_state(plain).u, -implicit) < 1e-12  # theorem 4.2.1
+    assert solve(plain).P.norm() == 0
+
+
+def test_static_step_survives_where_no_stabilising_solution_exists():
+    with pytest.raises(ConvergenceError, match="DARE"):
+        steady_state(NONE)
+    assert relative(static_step(NONE), fixed_by_elimination(NONE)[0]) < 1e-9  # F4
+
+
+def test_static_step_reports_a_singular_system():
+    lqr = make_lqr(3, 2)
+    eye = torch.eye(3).double()
+    with pytest.raises(ConvergenceError, match="static step"):
+        static_step(LQR(eye, lqr.B, lqr.Q, lqr.R, lqr.M, lqr.a, lqr.b))
+
+
+def test_lqr_checks_its_shapes_and_types():
+    lqr = make_lqr(3, 2)
+    parts = {k: getattr(lqr, k) for k in ("A", "B", "Q", "R", "M", "a", "b")}
+    with pytest.raises(ValueError, match=r"a must have shape \(3,\)"):
+        LQR(**(parts | {"a": lqr.b}))
+    with pytest.raises(ValueError, match="R must be torch.float64"):
+        LQR(**(parts | {"R": lqr.R.float()}))
+    with pytest.raises(ValueError, match="B must have shape"):
+        LQR(**(parts | {"B": lqr.b}))
+    with pytest.raises(ValueError, match="dare must be of a problem with K"):
+        steady_state(lqr, solve(make_lqr(4, 2)))
+    damped = lqr.damped(0.5)
+    torch.testing.assert_close(damped.R - lqr.R, 0.5 * torch.eye(2).double())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gpu_agrees_with_scipy(dtype):
+    lqr = make_lqr(12, 5, rho=1.2)
+    on_gpu = [X.to("cuda", dtype) for X in (lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M)]
+    dare = solve_dare(*on_gpu)
+    assert dare.P.is_cuda
+    assert relative(dare.P.double().cpu(), scipy_dare(lqr)) < TOL[dtype]
