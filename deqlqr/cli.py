@@ -2,13 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import torch
+from torch import nn
 
 import deqlqr
 from deqlqr.data import DATASETS, load_data
@@ -23,18 +24,22 @@ _PATH = click.Path(path_type=Path)
 
 
 def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn the library's errors into one line on standard error: 2 for misuse, 1 for failure."""
+    """Turn errors into one line on standard error: exit 2 misuse, 1 failure, 130 interrupt."""
+
+    def stop(message: object, code: int) -> NoReturn:
+        click.echo(f"deqlqr: {' '.join(str(message).split())}", err=True)
+        sys.exit(code)
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except ValueError as error:
-            click.echo(f"deqlqr: {error}", err=True)
-            sys.exit(2)
-        except ConvergenceError as error:
-            click.echo(f"deqlqr: {error}", err=True)
-            sys.exit(1)
+            stop(error, 2)
+        except (ConvergenceError, OSError) as error:
+            stop(error, 1)
+        except KeyboardInterrupt:
+            stop("interrupted.", 130)
 
     return wrapped
 
@@ -87,7 +92,8 @@ def train(context: click.Context, **options: Any) -> None:
     device = _device(options.pop("device"))
     out, resume = options.pop("out"), options.pop("resume")
     if resume is not None:
-        _refuse_changes(context)
+        allowed = ("resume", "epochs", "device")
+        _refuse(context, [n for n in context.params if n not in allowed], "--resume")
         epochs = options["epochs"] if _given(context, "epochs") else None
         config, content, folder = resume_config(resume, epochs)
         trainer = Trainer(config, folder, device, content)
@@ -115,7 +121,9 @@ def train(context: click.Context, **options: Any) -> None:
 @click.option("--seed", type=int, default=0, help="Of the models' parameters.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @_reported
+@click.pass_context
 def check(
+    context: click.Context,
     model: str,
     data: str,
     data_root: Path | None,
@@ -129,6 +137,7 @@ def check(
     trained = None
     names = list(MODELS) if model == "all" else [model]
     if checkpoint is not None:
+        _refuse(context, ("model", "data", "seed"), "--checkpoint")
         config, trained, _ = resume_config(checkpoint, None)
         names, data, data_root = [config.model], config.data, _as_path(config.data_root, data_root)
     images = load_data(data, data_root)
@@ -139,7 +148,7 @@ def check(
     for name in names:
         network = make_model(name, tuple(x.shape[1:]), images.classes, seed=seed)
         if trained is not None:
-            network.load_state_dict(trained["model"])
+            _load(network, trained, checkpoint)
         reports[name] = check_equivalence(network, x, y, damping=damping)
         if not as_json:
             click.echo(f"{name} model on {data}\n{reports[name]}\n")
@@ -180,6 +189,8 @@ def _new_folder(out: Path | None, config: TrainConfig) -> Path:
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"out {str(out)!r} exists and is not empty; --resume goes on with it.")
+        if any(parent.is_file() for parent in out.parents):
+            raise ValueError(f"out {str(out)!r} lies inside a file.")
         return out
     stem = Path("runs") / f"{config.data}-{config.optimizer}"
     folder, number = stem, 1
@@ -193,11 +204,17 @@ def _given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
-def _refuse_changes(context: click.Context) -> None:
-    fixed = [n for n in context.params if n not in ("resume", "epochs", "device")]
+def _refuse(context: click.Context, fixed: Iterable[str], source: str) -> None:
     given = ["--" + n.replace("_", "-") for n in fixed if _given(context, n)]
     if given:
-        raise ValueError(f"{', '.join(given)} cannot be given with --resume: the run has its own.")
+        raise ValueError(f"{', '.join(given)} cannot be given with {source}: the run has its own.")
+
+
+def _load(network: nn.Module, content: dict[str, Any], checkpoint: Path | None) -> None:
+    try:
+        network.load_state_dict(content["model"])
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"checkpoint {str(checkpoint)!r} does not fit: {error!r}") from error
 
 
 def _device(name: str) -> torch.device:

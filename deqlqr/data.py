@@ -82,8 +82,10 @@ def _mnist(root: str | Path | None) -> ImageData:
     for train in (True, False):
         try:
             part = MNIST(root=str(root), train=train, download=False)
-        except RuntimeError as error:
-            raise ValueError(f"no MNIST under data root {str(root)!r}: {error}") from error
+        except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
+            raise ValueError(
+                f"no readable MNIST under data root {str(root)!r}: {error!r}"
+            ) from error
         # The usual mean and standard deviation of MNIST's training pixels.
         parts += [(part.data[:, None].float() / 255 - 0.1307) / 0.3081, part.targets.long()]
     return ImageData(*parts)

@@ -27,6 +27,8 @@ def plot_curves(lines: list[dict[str, Any]], path: str | Path, title: str) -> No
         else:
             axis.text(0.5, 0.5, "not measured by\nthis optimizer", ha="center", va="center",
                       transform=axis.transAxes, color="grey")  # fmt: skip
+        # A log axis needs a positive number.
+        scale = scale if any(y > 0 for _, y in points) else "linear"
         axis.set(xlabel="iteration", ylabel=label, yscale=scale)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
@@ -49,7 +51,8 @@ def plot_accuracy(
         axis.axhline(target, color="grey", linestyle=":", linewidth=1)
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
-    right.set_xscale("log")
+    if any(runs.values()):
+        right.set_xscale("log")
     left.set(ylabel="test accuracy")
     left.legend(fontsize=8)
     figure.suptitle(title)

@@ -292,10 +292,20 @@ def _quadratic_terms(
         return z.new_zeros(batch, n, n), z.new_zeros(batch, m, n), lambda _: eye, eye
     if isinstance(divergence, OutputDivergence):
         Lambda = divergence.metric(first.y)
-        Lz, Lu = Lambda @ first.hz, Lambda @ first.hu
-        Q, M = _sym(first.hz.mT @ Lz), first.hu.mT @ Lz  # (H3)
-        R_mean = _sym(first.hu.reshape(-1, m).mT @ Lu.reshape(-1, m)) / batch
-        return Q, M, lambda s: _sym(first.hu[s].mT @ Lu[s]), R_mean
+        # The output depends directly on few controls, the readout's: only their rows are not 0.
+        direct = (first.hu != 0).flatten(0, 1).any(0).nonzero()[:, 0]
+        hu = first.hu[..., direct]
+        Lz, Lu = Lambda @ first.hz, Lambda @ hu
+        M = first.B.new_zeros(batch, m, n)
+        Q, M[:, direct] = _sym(first.hz.mT @ Lz), hu.mT @ Lz  # (H3)
+
+        def spread(block: Tensor) -> Tensor:
+            R = block.new_zeros(m, m)
+            R[direct[:, None], direct] = _sym(block)
+            return R
+
+        R_mean = spread(torch.einsum("bkm,bkn->mn", hu, Lu) / batch)
+        return Q, M, lambda s: spread(hu[s].mT @ Lu[s]), R_mean
     if isinstance(divergence, Newton):
         return _hamiltonian_hessian(local, first, u, z, x, y, a, loss)
     raise ValueError(f"divergence {type(divergence).__name__} has no quadratic terms.")

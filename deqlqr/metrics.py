@@ -1,6 +1,7 @@
 """The metrics file: one JSON object a line, flushed at once, cut back to the step of a resume."""
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,13 @@ class MetricsFile:
         temporary.replace(path)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
+        """Append one line; JSON has no inf and NaN, they become null."""
+        plain = {
+            key: None if isinstance(value, float) and not isfinite(value) else value
+            for key, value in line.items()
+        }
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ def make_model(name: str, image: Sequence[int], classes: int, *, seed: int = 0) 
     """Return a freshly initialised model for images (channels, height, width).
 
     Args:
-        name: `"dense"`: a tanh `DenseBlock` with 12 states behind one convolution;
+        name: `"dense"`: a tanh `DenseBlock` with 16 states behind one convolution;
             `"conv"`: the thesis' toy `ConvBlock` with 12 inner channels, on a state of
             2 channels and 4 x 4 pixels.
         image: Shape of one image; at least 8 x 8.
@@ -27,8 +27,9 @@ def make_model(name: str, image: Sequence[int], classes: int, *, seed: int = 0) 
         seed: Of the initial parameters.
 
     Raises:
-        ValueError: If the name is unknown or the image too small.
+        ValueError: If the name is unknown, the image too small, or the seed out of range.
     """
+    check_seed(seed)
     if name not in MODELS:
         raise ValueError(f"model must be one of {MODELS}, got {name!r}.")
     if min(image[1:]) < 8:
@@ -38,7 +39,17 @@ def make_model(name: str, image: Sequence[int], classes: int, *, seed: int = 0) 
         return _dense(image, classes) if name == "dense" else _conv(image, classes)
 
 
-def _dense(image: Sequence[int], classes: int, states: int = 12) -> nn.Module:
+def check_seed(seed: int) -> None:
+    """Refuse a seed that torch's generators do not take.
+
+    Raises:
+        ValueError: If it is no whole number in [0, 2^32).
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number in [0, 2^32), got {seed!r}.")
+
+
+def _dense(image: Sequence[int], classes: int, states: int = 16) -> nn.Module:
     encoder = nn.Sequential(
         nn.Conv2d(image[0], 8, 3), nn.Tanh(), nn.AdaptiveMaxPool2d(3), nn.Flatten()
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from deqlqr._checks import at_least
 from deqlqr.figures import plot_accuracy
 from deqlqr.metrics import read_metrics
 from deqlqr.solution import ConvergenceError
@@ -14,6 +15,7 @@ from deqlqr.training import CHECKPOINT, METRICS, TrainConfig, Trainer, resume_co
 FIGURES = ("fig4.1",)
 TARGET = 0.95
 GD_GRID = (0.1, 0.3, 1.0, 3.0)
+_SAMPLES = 60000  # of MNIST's training set
 
 
 def reproduce(figure: str, data_root: Path, out: Path, steps: int) -> str:
@@ -23,10 +25,11 @@ def reproduce(figure: str, data_root: Path, out: Path, steps: int) -> str:
         The line that sums it up: what the thesis reports, and what was measured.
 
     Raises:
-        ValueError: If the figure is unknown or the data are missing.
+        ValueError: If the figure is unknown, `steps` is below 1, or the data are missing.
     """
     if figure not in FIGURES:
         raise ValueError(f"figure must be one of {FIGURES}, got {figure!r}.")
+    at_least("steps", steps, 1)
     runs: dict[str, list[dict[str, Any]]] = {}
     failures: dict[str, str] = {}
     for name, config in fig4_1_configs(data_root, steps).items():
@@ -47,12 +50,13 @@ def reproduce(figure: str, data_root: Path, out: Path, steps: int) -> str:
 
 def fig4_1_configs(data_root: Path, steps: int) -> dict[str, TrainConfig]:
     """Return the runs of figure 4.1: the same model, batches and seed for all."""
+    batch = 16
     common: dict[str, Any] = {
         "data": "mnist",
         "data_root": str(data_root),
         "model": "conv",
-        "batch_size": 16,
-        "epochs": 1,
+        "batch_size": batch,
+        "epochs": -(-steps // (_SAMPLES // batch)),
         "schedule": "constant",
         "max_steps": steps,
         "log_every": 10,

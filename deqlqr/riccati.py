@@ -46,18 +46,50 @@ def lu_factor(X: Tensor) -> LUFactor:
 
 
 class _InputCost:
-    """R (*batch, m, m) factorised: Cholesky where it is positive definite, LU where it is not."""
+    """R (*batch, m, m) factorised: Cholesky where it is positive definite, LU where it is not.
+
+    Controls that R couples to no other are divided by their diagonal entry: in a training step
+    these are all but the readout's, and R is a damping times the identity but for a small block.
+    """
 
     def __init__(self, R: Tensor) -> None:
-        self.L, info = torch.linalg.cholesky_ex(R)
+        self.R = R
+        self.diagonal = R.diagonal(dim1=-2, dim2=-1)
+        off_diagonal = (R != 0).sum(-1) > (self.diagonal != 0)
+        self.coupled = off_diagonal.reshape(-1, R.shape[-1]).any(0).nonzero()[:, 0]
+        self.block = R if self._all else R[..., self.coupled, :][..., self.coupled]
+        self.L, info = torch.linalg.cholesky_ex(self.block)
         self.indefinite = info != 0
-        self.LU = lu_factor(R) if bool(self.indefinite.any()) else None
+        self.LU = lu_factor(self.block) if bool(self.indefinite.any()) else None
         self.singular = torch.zeros_like(self.indefinite)
         if self.LU is not None:
             self.singular = self.indefinite & (self.LU.info != 0)
+        if not self._all:
+            zero = self.diagonal == 0
+            zero[..., self.coupled] = False
+            self.singular = self.singular | zero.any(-1)
 
     def solve(self, right: Tensor) -> Tensor:
         """Return R^-1 right (*batch, m, k)."""
+        if self._all:
+            return self._solve_block(right)
+        solved = right / self.diagonal[..., None]
+        solved[..., self.coupled, :] = self._solve_block(right[..., self.coupled, :])
+        return solved
+
+    def times(self, right: Tensor) -> Tensor:
+        """Return R right (*batch, m, k)."""
+        if self._all:
+            return self.R @ right
+        product = right * self.diagonal[..., None]
+        product[..., self.coupled, :] = self.block @ right[..., self.coupled, :]
+        return product
+
+    @property
+    def _all(self) -> bool:
+        return len(self.coupled) == self.R.shape[-1]
+
+    def _solve_block(self, right: Tensor) -> Tensor:
         solved = torch.cholesky_solve(right, self.L)
         if self.LU is None:
             return solved
@@ -168,8 +200,13 @@ class Doubling:
         # Where both fail, the plain attempt's verdict is the one on the problem as posed.
         better = shifted.stabilising
         pick = lambda name: torch.where(better, getattr(shifted, name), getattr(plain, name))
-        names = ("closed_loop_radius", "residual", "iterations", "result")
-        return replace(shifted, **{name: pick(name) for name in names})
+        return replace(
+            shifted,
+            closed_loop_radius=pick("closed_loop_radius"),
+            residual=pick("residual"),
+            iterations=pick("iterations"),
+            result=pick("result"),
+        )
 
     def _attempt(
         self, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, M: Tensor, alpha: Tensor | None
@@ -235,7 +272,8 @@ class Doubling:
         K = problem.RM + problem.RB @ gain.loop.solve(D @ problem.A)  # (R7)
         PA = P @ A
         APA, mixed = A.mT @ PA, M + B.mT @ PA
-        BK, RK = B @ K, R @ K
+        BK = B @ K
+        RK = problem.cost.times(K) if D is P else R @ K  # a shifted problem has another R
         residual = torch.maximum(
             _relative(APA + Q - mixed.mT @ K - P, P, APA, Q),
             _relative(RK + B.mT @ (P @ BK) - mixed, mixed, RK),

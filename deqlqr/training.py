@@ -25,7 +25,7 @@ from deqlqr.data import DATASETS, load_data
 from deqlqr.deq import find_deq
 from deqlqr.figures import plot_curves
 from deqlqr.metrics import MetricsFile, read_metrics
-from deqlqr.models import MODELS, make_model
+from deqlqr.models import MODELS, check_seed, make_model
 from deqlqr.optim import ImplicitNGD
 from deqlqr.solution import ConvergenceError
 
@@ -64,8 +64,8 @@ class TrainConfig:
     lr: float = 0.5
     damping: float = 0.1
     minibatch: str = "exact"
-    batch_size: int = 24
-    epochs: int = 3
+    batch_size: int = 16
+    epochs: int = 4
     schedule: str = "cosine"
     train_size: int | None = None
     max_steps: int | None = None
@@ -89,11 +89,14 @@ class TrainConfig:
             choice(name, getattr(self, name), allowed)
         for name in ("lr", "damping"):
             at_least(name, getattr(self, name), 0.0, strict=True)
-        for name in ("batch_size", "epochs", "log_every", "eval_size"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("train_size", "max_steps"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
+        for name in ("batch_size", "epochs", "log_every", "eval_size", "train_size", "max_steps"):
+            value = getattr(self, name)
+            if value is None and name in ("train_size", "max_steps"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a whole number, got {value!r}.")
+            at_least(name, value, 1)
+        check_seed(self.seed)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "TrainConfig":
@@ -227,6 +230,8 @@ class Trainer:
     def run(self, *, quiet: bool = False) -> TrainResult:
         """Train to the end, or until an interrupt; either way nothing learned is lost.
 
+        Only a second interrupt, which may come in the middle of a step, leaves the last checkpoint.
+
         Returns:
             How the run ended.
 
@@ -250,13 +255,20 @@ class Trainer:
                     loss = self._train_step(piece, total)
                     bar.update()
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                    if self.step % config.log_every == 0 or self.step == total:
-                        self._log_step(epoch, loss)
-                        self.save()
+                    line = self._line(epoch, loss)
+                    logged = self.step % config.log_every == 0 or self.step == total
+                    if logged:
+                        self._log("step", line, config.eval_size)
                     if index == per_epoch - 1:
-                        self._log_epoch(epoch, loss, bar)
-            finally:
+                        text = self._log("epoch", line, len(self.data.test_x))
+                        if not quiet:
+                            bar.write(text)
+                    if logged:
+                        self.save()
+            except ConvergenceError:
                 self.save()
+                raise
+            self.save()
         plot_curves(read_metrics(self.metrics.path), self.folder / CURVES, self._title())
         accuracy, _ = evaluate(self.model, self.data.test_x, self.data.test_y)
         return TrainResult(accuracy, self.step, self.seconds, self.step < total, self.folder)
@@ -279,8 +291,8 @@ class Trainer:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.step, self.seconds = int(content["step"]), float(content["seconds"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"checkpoint does not fit its model: {error}") from error
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"checkpoint does not fit its model: {error!r}") from error
 
     def _order(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + epoch)
@@ -299,27 +311,20 @@ class Trainer:
         self.step += 1
         return loss
 
-    def _log_step(self, epoch: int, loss: float) -> None:
-        x, y = self.data.test_x, self.data.test_y
-        accuracy, lost = evaluate(
-            self.model, x[: self.config.eval_size], y[: self.config.eval_size]
-        )
-        line = self._line("step", epoch, loss) | {"accuracy": accuracy, "test_not_converged": lost}
-        self.metrics.write(line)
-
-    def _log_epoch(self, epoch: int, loss: float, bar: tqdm) -> None:
-        accuracy, lost = evaluate(self.model, self.data.test_x, self.data.test_y)
-        line = self._line("epoch", epoch, loss) | {"accuracy": accuracy, "test_not_converged": lost}
-        self.metrics.write(line)
-        bar.write(
-            f"epoch {epoch + 1}: loss {loss:.4f}, test accuracy {accuracy:.2%}, "
+    def _log(self, kind: str, line: dict[str, Any], samples: int) -> str:
+        x, y = self.data.test_x[:samples], self.data.test_y[:samples]
+        accuracy, lost = evaluate(self.model, x, y)
+        measured = {"accuracy": accuracy, "test_not_converged": lost}
+        self.metrics.write({"kind": kind} | line | measured)
+        return (
+            f"epoch {line['epoch']}: loss {line['loss']:.4f}, test accuracy {accuracy:.2%}, "
             f"{self.seconds:.1f} s" + (f", {lost} test samples without fixed point" if lost else "")
         )
 
-    def _line(self, kind: str, epoch: int, loss: float) -> dict[str, Any]:
+    def _line(self, epoch: int, loss: float) -> dict[str, Any]:
+        """Return what the step just taken measured; to be read before the layer solves again."""
         layer = find_deq(self.model)
         line: dict[str, Any] = {
-            "kind": kind,
             "step": self.step,
             "epoch": epoch + 1,
             "loss": loss,

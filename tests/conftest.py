@@ -1,9 +1,13 @@
-"""Skips what this machine cannot run."""
+"""Skips what this machine cannot run; one thread, so that tests side by side do not starve."""
 
 import os
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the examples' own processes too
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,109 @@
+"""Data sets: shapes, split, determinism, and refusal of folders without MNIST."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from deqlqr.data import ImageData, load_data
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageData:
+    return load_data("digits")
+
+
+def test_digits_have_the_promised_shapes_types_and_range(digits: ImageData) -> None:
+    for x, y in ((digits.train_x, digits.train_y), (digits.test_x, digits.test_y)):
+        assert x.shape == (len(y), 1, 8, 8) and x.dtype == torch.float32
+        assert y.dtype == torch.int64 and set(y.tolist()) == set(range(digits.classes))
+    pixels = torch.cat([digits.train_x, digits.test_x])
+    assert float(pixels.max() - pixels.min()) == pytest.approx(1.0)
+    assert abs(float(digits.train_x.mean())) < 1e-6
+
+
+def test_the_split_of_digits_is_a_partition(digits: ImageData) -> None:
+    from sklearn.datasets import load_digits
+
+    original = torch.as_tensor(load_digits().images, dtype=torch.float32)
+    assert len(digits.train_x) + len(digits.test_x) == len(original)
+    assert len(digits.test_x) == pytest.approx(0.2 * len(original), abs=1)
+    pixels = torch.cat([digits.train_x, digits.test_x])
+    pixels = ((pixels - pixels.min()) * 16).round().flatten(1)
+    rows = lambda t: sorted(map(tuple, t.tolist()))
+    assert rows(pixels) == rows(original.flatten(1))
+
+
+def test_digits_are_the_same_every_time(digits: ImageData) -> None:
+    again = load_data("digits")
+    for name in ("train_x", "train_y", "test_x", "test_y"):
+        assert torch.equal(getattr(digits, name), getattr(again, name))
+
+
+def test_first_keeps_the_first_training_samples_and_the_whole_test_set(digits: ImageData) -> None:
+    few = digits.first(7)
+    assert torch.equal(few.train_x, digits.train_x[:7])
+    assert torch.equal(few.train_y, digits.train_y[:7])
+    assert torch.equal(few.test_x, digits.test_x)
+    assert digits.first(None) is digits
+    assert len(digits.first(len(digits.train_x)).train_x) == len(digits.train_x)
+
+
+def test_first_refuses_a_size_out_of_range(digits: ImageData) -> None:
+    for samples in (0, -1, len(digits.train_x) + 1):
+        with pytest.raises(ValueError, match="train_size"):
+            digits.first(samples)
+
+
+def test_an_unknown_data_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="data .*'cifar'"):
+        load_data("cifar")
+
+
+def test_mnist_without_a_root_is_refused() -> None:
+    with pytest.raises(ValueError, match="data root"):
+        load_data("mnist")
+
+
+def test_mnist_in_a_missing_or_empty_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "absent", tmp_path / "file", tmp_path):
+        with pytest.raises(ValueError, match="data root") as caught:
+            load_data("mnist", root)
+        assert repr(str(root)) in str(caught.value)
+
+
+_NAMES = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+
+
+@pytest.mark.parametrize("junk", [b"", b"\x00\x00\x08\x03", b"not MNIST at all" * 9])
+def test_damaged_mnist_files_are_refused(tmp_path: Path, junk: bytes) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in _NAMES:
+        (raw / f"{name}-ubyte").write_bytes(junk)
+    with pytest.raises(ValueError, match="MNIST") as caught:
+        load_data("mnist", tmp_path)
+    assert repr(str(tmp_path)) in str(caught.value)
+
+
+@pytest.mark.mnist
+def test_mnist_is_loaded_and_standardised() -> None:
+    mnist = load_data("mnist", os.environ["DEQLQR_MNIST_ROOT"])
+    assert mnist.train_x.shape == (60000, 1, 28, 28) and mnist.test_x.shape == (10000, 1, 28, 28)
+    assert mnist.train_x.dtype == torch.float32 and mnist.train_y.dtype == torch.int64
+    assert set(mnist.test_y.tolist()) == set(range(10))
+    assert abs(float(mnist.train_x.mean())) < 1e-3
+    assert float(mnist.train_x.std()) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.mnist
+def test_truncated_mnist_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(Path(os.environ["DEQLQR_MNIST_ROOT"]) / "MNIST", tmp_path / "MNIST")
+    images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    images.chmod(0o644)
+    images.write_bytes(images.read_bytes()[:1_000_000])
+    with pytest.raises(ValueError, match="data root"):
+        load_data("mnist", tmp_path)
