@@ -88,7 +88,8 @@ class ConvBlock(nn.Module):
 
     C1 maps `channels` to `inner_channels`, C2 back, both 3 x 3 with padding; N are group norms with
     epsilon 1. A group norm divides by sqrt(variance + epsilon), so its Lipschitz constant is at
-    most g = max |weight| / sqrt(epsilon); that of a 3 x 3 convolution is at most
+    most max |weight| / sqrt(epsilon), and so at most g = ||weight||_8 / sqrt(epsilon), which unlike
+    the maximum is smooth where weights tie. That of a 3 x 3 convolution is at most
     k = 3 ||weight as a matrix (out, in 9)||_2. Hence without s the block's is at most
 
         L = g3 (1 + g2 k2 g1 k1),
@@ -143,7 +144,7 @@ class ConvBlock(nn.Module):
     def lipschitz_bound(self) -> Tensor:
         """Return L, the bound on the unscaled block's Lipschitz constant in z, a scalar tensor."""
         g1, g2, g3 = (
-            norm.weight.abs().amax() / norm.eps**0.5
+            torch.linalg.vector_norm(norm.weight, 8) / norm.eps**0.5
             for norm in (self.norm1, self.norm2, self.norm3)
         )
         k1, k2 = (

@@ -98,6 +98,10 @@ def train(context: click.Context, **options: Any) -> None:
         config, content, folder = resume_config(resume, epochs)
         trainer = Trainer(config, folder, device, content)
     else:
+        if options["optimizer"] != "ingd":
+            _unused(context, ("damping", "minibatch"), f"--optimizer {options['optimizer']}")
+        if options["data"] != "mnist":
+            _unused(context, ("data_root",), f"--data {options['data']}")
         config = _config(options)
         folder = _new_folder(out, config)
         trainer = Trainer(config, folder, device)
@@ -208,6 +212,12 @@ def _refuse(context: click.Context, fixed: Iterable[str], source: str) -> None:
     given = ["--" + n.replace("_", "-") for n in fixed if _given(context, n)]
     if given:
         raise ValueError(f"{', '.join(given)} cannot be given with {source}: the run has its own.")
+
+
+def _unused(context: click.Context, names: Iterable[str], by: str) -> None:
+    given = ["--" + n.replace("_", "-") for n in names if _given(context, n)]
+    if given:
+        raise ValueError(f"{', '.join(given)} has no effect with {by}.")
 
 
 def _load(network: nn.Module, content: dict[str, Any], checkpoint: Path | None) -> None:

@@ -12,6 +12,7 @@ that problem is no row here.
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -86,7 +87,10 @@ class EquivalenceReport:
             "passed": self.passed,
             "complete": self.complete,
             "facts": self.facts,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [
+                asdict(row) | {"error": row.error if isfinite(row.error) else None}
+                for row in self.rows
+            ],
         }
 
     def __str__(self) -> str:

@@ -133,7 +133,7 @@ def linearize(
         >>> model = nn.Sequential(DEQ(DenseBlock(4)), nn.Linear(4, 3))
         >>> lqr = linearize(model, torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]), damping=0.1)
         >>> lqr.A.shape, lqr.m
-        (torch.Size([20, 20]), 51)
+        (torch.Size([20, 20]), 35)
         >>> bool((steady_state(lqr).u @ lqr.b) < 0)
         True
     """

@@ -32,6 +32,11 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deqlqr.training.plot_curves", lambda *_: None)
+
+
+@pytest.fixture
 def trained() -> Path:
     """A run's folder with a checkpoint of its beginning."""
     config = TrainConfig(optimizer="gd", train_size=40, batch_size=8, epochs=1)
@@ -167,10 +172,7 @@ def test_a_run_goes_into_an_empty_or_new_folder() -> None:
         assert "after 1 steps" in result.stdout and result.stdout.strip().endswith(out)
 
 
-def test_default_folders_are_numbered_and_none_is_used_twice(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("deqlqr.training.plot_curves", lambda *_: None)
+def test_default_folders_are_numbered_and_none_is_used_twice(no_figures: None) -> None:
     for _ in range(3):
         assert call("train", *FAST, "--max-steps", 1).exit_code == 0
     names = {"digits-gd", "digits-gd-2", "digits-gd-3"}
@@ -245,13 +247,15 @@ def test_resume_and_check_refuse_parameters_that_do_not_fit(trained: Path) -> No
         misuse(call("check", "--checkpoint", trained), "checkpoint", "not fit")
 
 
-def test_a_constant_schedule_can_be_resumed_for_more_epochs() -> None:
+def test_a_constant_schedule_can_be_resumed_for_more_epochs(no_figures: None) -> None:
     assert call("train", *FAST, "--schedule", "constant", "--out", "run").exit_code == 0
     result = call("train", "--resume", "run", "--epochs", 2)
     assert result.exit_code == 0 and "after 10 steps" in result.stdout
 
 
-def test_ctrl_c_ends_with_130_says_how_to_resume_and_the_resume_finishes() -> None:
+def test_ctrl_c_ends_with_130_says_how_to_resume_and_the_resume_finishes(
+    no_figures: None,
+) -> None:
     options = [*FAST, "--epochs", "400", "--schedule", "constant", "--out", "run"]
     process = subprocess.Popen(
         console("train", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -352,3 +356,15 @@ def test_check_refuses_the_trained_models_own_options(trained: Path, option: lis
 )
 def test_check_refuses_a_value_out_of_range(name: str, value: str) -> None:
     misuse(call("check", "--model", "dense", f"--{name}", value), name, value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--optimizer", "gd", "--damping", "1"], "--damping has no effect with --optimizer gd"),
+        (["--data-root", "x"], "--data-root has no effect with --data digits"),
+    ],
+)
+def test_an_option_without_effect_is_refused(arguments, message):
+    result = CliRunner().invoke(main, ["train", *arguments])
+    assert result.exit_code == 2 and message in result.stderr

@@ -184,6 +184,7 @@ def test_lqr_path_refuses_a_block_that_mixes_samples():
         (lambda: DenseBlock(3, activation="gelu"), "activation must be one of"),
         (lambda: DEQ(DenseBlock(3, 2))(torch.ones(2, 5)), r"x must have shape \(batch, 2\)"),
         (lambda: ConvBlock(3, 12, groups=2), "groups must divide channels"),
+        (lambda: ConvBlock(2, max_lipschitz=1.5), "max_lipschitz must lie in"),
         (lambda: DEQ(ConvBlock(2, 12))(torch.ones(2, 5)), "x must have shape"),
     ],
 )
@@ -230,6 +231,21 @@ def test_dense_block_is_a_contraction_whatever_its_parameters(activation):
     assert ratio.max() <= 0.9 + 1e-12
     assert torch.linalg.matrix_norm(block.weight, 2).item() == pytest.approx(0.9)
     assert DEQ(block)(x).isfinite().all()
+
+
+def test_conv_block_is_a_contraction_whatever_its_parameters():
+    block = ConvBlock(2, 12).double()
+    for scale in (0.1, 1.0, 10.0):
+        with torch.no_grad():
+            for seed, p in enumerate(block.parameters()):
+                p.copy_(scale * randn(*p.shape, seed=seed))
+        x, z1, z2 = (randn(40, 2, 4, 4, seed=s) for s in (7, 8, 9))
+        near = z1 + 1e-5 * z2  # the Jacobian's norm shows at small distances
+        for z in (z2, near):
+            gap = (block(z1, x) - block(z, x)).flatten(1).norm(dim=-1)
+            assert (gap <= 0.9 * (z1 - z).flatten(1).norm(dim=-1) * (1 + 1e-9)).all()
+        assert DEQ(block)(x).isfinite().all()
+    assert ConvBlock(2, max_lipschitz=None)(x.float(), x.float()).shape == x.shape
 
 
 def test_conv_block_is_the_thesis_toy_by_default():
