@@ -28,7 +28,7 @@ from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
 from deqlqr.riccati import solve_dare, spectral_radius
 from deqlqr.solution import ConvergenceError
-from deqlqr.steady_state import static_step, steady_state
+from deqlqr.steady_state import curvature, static_step, steady_state
 
 _GRADIENT_TOLERANCE = 1e-9
 _STEP_TOLERANCE = 1e-7
@@ -328,7 +328,7 @@ class _Check:
             _row(name, "DARE steady state", "static problem (F3)", step, static, 1e-7, note),
             _row(
                 "Hessian products", "Hamiltonian: Q, R, M", "double backward through the layer",
-                lambda: _curvature(newton) @ self._probes(), self._hessian_products, 1e-7,
+                lambda: _hessian(newton) @ self._probes(), self._hessian_products, 1e-7,
             ),
         ]  # fmt: skip
         return rows
@@ -404,14 +404,10 @@ def _dare_step(lqr: LQR) -> Tensor:
 
 def _tied_step(lqr: LQR, S: Tensor) -> Tensor:
     """Return u of (E3) for the sensitivity S = S_N."""
-    MS = lqr.M @ S
-    curvature = S.mT @ lqr.Q @ S + MS + MS.mT + lqr.R
-    return -torch.linalg.solve(curvature, S.mT @ lqr.a + lqr.b)
+    return -torch.linalg.solve(curvature(lqr, S), S.mT @ lqr.a + lqr.b)
 
 
-def _curvature(lqr: LQR) -> Tensor:
-    """Return S'QS + S'M' + MS + R (m, m), the Hessian in u of the static problem."""
+def _hessian(lqr: LQR) -> Tensor:
+    """Return the Hessian in u (m, m) of the static problem."""
     eye = torch.eye(lqr.n, dtype=lqr.A.dtype, device=lqr.A.device)
-    S = torch.linalg.solve(eye - lqr.A, lqr.B)
-    MS = lqr.M @ S
-    return S.mT @ lqr.Q @ S + MS + MS.mT + lqr.R
+    return curvature(lqr, torch.linalg.solve(eye - lqr.A, lqr.B))

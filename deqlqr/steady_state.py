@@ -85,12 +85,16 @@ def static_step(lqr: LQR) -> Tensor:
     """
     eye = torch.eye(lqr.n, dtype=lqr.A.dtype, device=lqr.A.device)
     S, info_S = torch.linalg.solve_ex(eye - lqr.A, lqr.B)
-    MS = lqr.M @ S
-    curvature = S.mT @ lqr.Q @ S + MS + MS.mT + lqr.R
     gradient = S.mT @ lqr.a[..., None] + lqr.b[..., None]
-    step, info = torch.linalg.solve_ex(curvature, gradient)
+    step, info = torch.linalg.solve_ex(curvature(lqr, S), gradient)
     _require_regular("static step", step, info_S, info)
     return -step[..., 0]  # (F3)
+
+
+def curvature(lqr: LQR, S: Tensor) -> Tensor:
+    """Return the matrix of (F3), S'QS + S'M' + M S + R (*batch, m, m), for S (*batch, n, m)."""
+    MS = lqr.M @ S
+    return S.mT @ lqr.Q @ S + MS + MS.mT + lqr.R
 
 
 def _optimality(lqr: LQR, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
