@@ -24,6 +24,7 @@ from deqlqr.fixed_point import (
     TorchDEQ,
     fixed_point,
 )
+from deqlqr.input_cost import InputCost
 from deqlqr.linearize import linearize
 from deqlqr.lqr import LQR
 from deqlqr.optim import ImplicitNGD, StepReport
@@ -59,6 +60,7 @@ __all__ = [
     "Controls",
     # LQR problem
     "LQR",
+    "InputCost",
     # Riccati
     "solve_dare",
     "Doubling",

@@ -14,7 +14,7 @@ model gives both maps that are linearised, sample by sample:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,6 +33,7 @@ from deqlqr.divergence import (
     make_divergence,
 )
 from deqlqr.fixed_point import FixedPointSolution
+from deqlqr.input_cost import InputCost
 from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
 
@@ -50,9 +51,7 @@ class Linearization:
         b: Its direct gradient with respect to u, `(batch, m)`.
         Q: State cost `(batch, n, n)`.
         M: Cross cost `(batch, m, n)`.
-        R: Function from a sample's index to its input cost `(m, m)`: the batch of them is large,
-            and only the per-sample problems need it.
-        R_mean: Mean of R over the samples, `(m, m)`.
+        R: Input cost `(batch, m, m)`.
         loss: The mean loss J.
         solution: Fixed point and certificate of every sample.
     """
@@ -63,8 +62,7 @@ class Linearization:
     b: Tensor
     Q: Tensor
     M: Tensor
-    R: Callable[[int], Tensor]
-    R_mean: Tensor
+    R: InputCost
     loss: Tensor
     solution: FixedPointSolution
 
@@ -75,7 +73,7 @@ class Linearization:
             A=torch.block_diag(*self.A),
             B=self.B.reshape(batch * n, m),
             Q=torch.block_diag(*self.Q) / batch,
-            R=self.R_mean,
+            R=self.R.mean(),
             M=self.M.permute(1, 0, 2).reshape(m, batch * n) / batch,
             a=self.a.reshape(batch * n) / batch,
             b=self.b.mean(0),
@@ -83,12 +81,11 @@ class Linearization:
 
     def per_sample(self, samples: slice = slice(None)) -> LQR:
         """Return a batch of problems, one for each sample of the slice (N3)."""
-        indices = range(self.A.shape[0])[samples]
         return LQR(
             A=self.A[samples],
             B=self.B[samples],
             Q=self.Q[samples],
-            R=torch.stack([self.R(s) for s in indices]),
+            R=self.R[samples],
             M=self.M[samples],
             a=self.a[samples],
             b=self.b[samples],
@@ -140,7 +137,8 @@ def linearize(
     choice("minibatch", minibatch, get_args(Minibatch))
     local = linearize_samples(model, x, y, make_loss(loss), choose_divergence(loss, divergence))
     lqr = local.exact() if minibatch == "exact" else local.per_sample()
-    return lqr.damped(at_least("damping", damping, 0.0))
+    lqr = lqr.damped(at_least("damping", damping, 0.0))
+    return replace(lqr, R=lqr.R.dense()) if isinstance(lqr.R, InputCost) else lqr
 
 
 def choose_divergence(loss: LossLike, divergence: DivergenceLike | None) -> Divergence:
@@ -189,8 +187,8 @@ def linearize_samples(
     dJ = dJ * x.shape[0]  # the sample's own gradient, without the 1/batch of the mean
     a = torch.einsum("bk,bkn->bn", dJ, first.hz)  # (N1)
     b = torch.einsum("bk,bkm->bm", dJ, first.hu)
-    Q, M, R, R_mean = _quadratic_terms(local, first, u, z.flatten(1), x, y, a, loss, divergence)
-    return Linearization(first.A, first.B, a, b, Q, M, R, R_mean, cost.detach(), solution)
+    Q, M, R = _quadratic_terms(local, first, u, z.flatten(1), x, y, a, loss, divergence)
+    return Linearization(first.A, first.B, a, b, Q, M, R, cost.detach(), solution)
 
 
 def check_input(x: Tensor, controls: Controls) -> None:
@@ -284,12 +282,13 @@ def _quadratic_terms(
     a: Tensor,
     loss: Loss,
     divergence: Divergence,
-) -> tuple[Tensor, Tensor, Callable[[int], Tensor], Tensor]:
-    """Return Q (batch, n, n), M (batch, m, n), R as a function of the sample, and its mean."""
+) -> tuple[Tensor, Tensor, InputCost]:
+    """Return Q (batch, n, n), M (batch, m, n) and R (batch, m, m)."""
     batch, n, m = first.B.shape
     if isinstance(divergence, Euclidean):
-        eye = torch.eye(m, dtype=u.dtype, device=u.device)
-        return z.new_zeros(batch, n, n), z.new_zeros(batch, m, n), lambda _: eye, eye
+        ones, none = u.new_ones(batch, m), torch.arange(0, device=u.device)
+        R = InputCost(ones, none, u.new_zeros(batch, 0, 0))
+        return z.new_zeros(batch, n, n), z.new_zeros(batch, m, n), R
     if isinstance(divergence, OutputDivergence):
         Lambda = divergence.metric(first.y)
         # The output depends directly on few controls, the readout's: only their rows are not 0.
@@ -298,14 +297,8 @@ def _quadratic_terms(
         Lz, Lu = Lambda @ first.hz, Lambda @ hu
         M = first.B.new_zeros(batch, m, n)
         Q, M[:, direct] = _sym(first.hz.mT @ Lz), hu.mT @ Lz  # (H3)
-
-        def spread(block: Tensor) -> Tensor:
-            R = block.new_zeros(m, m)
-            R[direct[:, None], direct] = _sym(block)
-            return R
-
-        R_mean = spread(torch.einsum("bkm,bkn->mn", hu, Lu) / batch)
-        return Q, M, lambda s: spread(hu[s].mT @ Lu[s]), R_mean
+        R = InputCost(z.new_zeros(batch, m), direct, _sym(hu.mT @ Lu))
+        return Q, M, R
     if isinstance(divergence, Newton):
         return _hamiltonian_hessian(local, first, u, z, x, y, a, loss)
     raise ValueError(f"divergence {type(divergence).__name__} has no quadratic terms.")
@@ -320,8 +313,8 @@ def _hamiltonian_hessian(
     y: Tensor,
     a: Tensor,
     loss: Loss,
-) -> tuple[Tensor, Tensor, Callable[[int], Tensor], Tensor]:
-    """Return Q, M, R and mean R of (H2) for D = J, one sample after the other."""
+) -> tuple[Tensor, Tensor, InputCost]:
+    """Return Q, M and R of (H2) for D = J, one sample after the other."""
     single = torch.stack([loss(first.y[s : s + 1], y[s : s + 1]) for s in range(len(x))])
     together = loss(first.y, y)
     if not torch.allclose(single.mean(), together, rtol=1e-4):
@@ -340,8 +333,7 @@ def _hamiltonian_hessian(
         blocks.append(_sym(full))
     Q = torch.stack([full[:n, :n] for full in blocks])
     M = torch.stack([full[n:, :n] for full in blocks])
-    R = [full[n:, n:] for full in blocks]
-    return Q, M, lambda s: R[s], torch.stack(R).mean(0)
+    return Q, M, InputCost.of(torch.stack([full[n:, n:] for full in blocks]))
 
 
 def _sym(X: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from deqlqr.input_cost import InputCost
+
 
 @dataclass(frozen=True)
 class LQR:
@@ -20,7 +22,8 @@ class LQR:
         A: State matrix, `(*batch, n, n)`.
         B: Input matrix, `(*batch, n, m)`.
         Q: State cost, symmetric, `(*batch, n, n)`.
-        R: Input cost, symmetric, `(*batch, m, m)`.
+        R: Input cost, symmetric, `(*batch, m, m)`; what the package forms for itself is an
+            `InputCost`, which does not store the zeros.
         M: Cross cost, `(*batch, m, n)` (SciPy's `s` is its transpose).
         a: Linear state cost, `(*batch, n)`.
         b: Linear input cost, `(*batch, m)`.
@@ -32,7 +35,7 @@ class LQR:
     A: Tensor
     B: Tensor
     Q: Tensor
-    R: Tensor
+    R: Tensor | InputCost
     M: Tensor
     a: Tensor
     b: Tensor
@@ -72,6 +75,8 @@ class LQR:
 
     def damped(self, delta: float) -> "LQR":
         """Return the problem with R_bar = R + delta I."""
+        if isinstance(self.R, InputCost):
+            return replace(self, R=self.R.damped(delta))
         eye = torch.eye(self.m, dtype=self.R.dtype, device=self.R.device)
         return replace(self, R=self.R + delta * eye)
 

@@ -81,7 +81,7 @@ class ImplicitNGD(torch.optim.Optimizer):
             matches the loss, which makes this natural gradient descent.
         minibatch: `"exact"`: one augmented LQR for the whole batch, dense in batch x state size.
             `"per-sample"`: the mean of the samples' own steps, another direction; its DAREs are of
-            the state size, but R is factorised once for every sample.
+            the state size.
         linalg_dtype: Type of the LQR's linear algebra; `None` takes the model's.
         damping_increase: Factor on the damping at a rejection.
         max_increase: Largest relative rise of the batch's own loss that a step may cause.
@@ -230,37 +230,24 @@ class ImplicitNGD(torch.optim.Optimizer):
         self, local: Linearization, damping: float
     ) -> tuple[Tensor | None, DareSolution, str | None]:
         """Return u (m,), the DARE's certificate, and why there is no u (or `None`)."""
-        if self.minibatch == "exact":
-            pieces = [slice(None)]
-        else:
-            # R is m x m for every sample: as many at a time as fit in 256 MiB.
-            batch, _, m = local.B.shape
-            size = max(1, 2**28 // (8 * m * m))
-            pieces = [slice(i, i + size) for i in range(0, batch, size)]
-        total = torch.zeros_like(local.R_mean[0], dtype=self.linalg_dtype)
-        worst: DareSolution | None = None
-        for piece in pieces:
-            exact = self.minibatch == "exact"
-            lqr = local.exact() if exact else local.per_sample(piece)
-            lqr = lqr.to(self.linalg_dtype).damped(damping)
-            dare = solve_dare(lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, throw=False)
-            worst = _worse(worst, dare)
-            failure = describe_failures(dare.result, DareResult, "DARE")
-            if failure is not None:
-                return None, worst, failure
-            try:
-                state = steady_state(lqr, dare)
-            except ConvergenceError as error:
-                return None, worst, str(error)
-            gap = float(state.residual.max())
-            if not gap <= self.step_tolerance:
-                return None, worst, f"the steady state holds only to {gap:.1e}"
-            slope = (lqr.a * state.x).sum(-1) + (lqr.b * state.u).sum(-1)
-            if bool((slope > 0).any()):  # a stabilising P of an indefinite problem: a saddle
-                return None, worst, "the step does not descend"
-            total += state.u if exact else state.u.sum(0) / local.A.shape[0]
-        assert worst is not None  # noqa: S101
-        return total, worst, None
+        exact = self.minibatch == "exact"
+        lqr = local.exact() if exact else local.per_sample()
+        lqr = lqr.to(self.linalg_dtype).damped(damping)
+        dare = solve_dare(lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, throw=False)
+        failure = describe_failures(dare.result, DareResult, "DARE")
+        if failure is not None:
+            return None, dare, failure
+        try:
+            state = steady_state(lqr, dare)
+        except ConvergenceError as error:
+            return None, dare, str(error)
+        gap = float(state.residual.max())
+        if not gap <= self.step_tolerance:
+            return None, dare, f"the steady state holds only to {gap:.1e}"
+        slope = (lqr.a * state.x).sum(-1) + (lqr.b * state.u).sum(-1)
+        if bool((slope > 0).any()):  # a stabilising P of an indefinite problem: a saddle
+            return None, dare, "the step does not descend"
+        return state.u if exact else state.u.mean(0), dare, None
 
     @torch.no_grad()
     def _trial(self, x: Tensor, y: Tensor, loss: float) -> tuple[float, str | None]:
@@ -279,13 +266,6 @@ class ImplicitNGD(torch.optim.Optimizer):
         if not after <= loss + self.max_increase * max(abs(loss), 1e-6):
             return after, f"the loss of the batch rose from {loss:.3e} to {after:.3e}"
         return after, None
-
-
-def _worse(a: DareSolution | None, b: DareSolution) -> DareSolution:
-    """Keep the certificate with the larger closed-loop radius."""
-    if a is None or not float(a.closed_loop_radius.max()) >= float(b.closed_loop_radius.max()):
-        return b
-    return a
 
 
 def _report(

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deqlqr.input_cost import InputCost, InputCostFactor
 from deqlqr.solution import ConvergenceError, DareResult, describe_failures
 
 
@@ -45,57 +46,6 @@ def lu_factor(X: Tensor) -> LUFactor:
     return LUFactor(*torch.linalg.lu_factor_ex(X))
 
 
-class _InputCost:
-    """R (*batch, m, m) factorised: Cholesky where it is positive definite, LU where it is not.
-
-    Controls that R couples to no other are divided by their diagonal entry: in a training step
-    these are all but the readout's, and R is a damping times the identity but for a small block.
-    """
-
-    def __init__(self, R: Tensor) -> None:
-        self.R = R
-        self.diagonal = R.diagonal(dim1=-2, dim2=-1)
-        off_diagonal = (R != 0).sum(-1) > (self.diagonal != 0)
-        self.coupled = off_diagonal.reshape(-1, R.shape[-1]).any(0).nonzero()[:, 0]
-        self.block = R if self._all else R[..., self.coupled, :][..., self.coupled]
-        self.L, info = torch.linalg.cholesky_ex(self.block)
-        self.indefinite = info != 0
-        self.LU = lu_factor(self.block) if bool(self.indefinite.any()) else None
-        self.singular = torch.zeros_like(self.indefinite)
-        if self.LU is not None:
-            self.singular = self.indefinite & (self.LU.info != 0)
-        if not self._all:
-            zero = self.diagonal == 0
-            zero[..., self.coupled] = False
-            self.singular = self.singular | zero.any(-1)
-
-    def solve(self, right: Tensor) -> Tensor:
-        """Return R^-1 right (*batch, m, k)."""
-        if self._all:
-            return self._solve_block(right)
-        solved = right / self.diagonal[..., None]
-        solved[..., self.coupled, :] = self._solve_block(right[..., self.coupled, :])
-        return solved
-
-    def times(self, right: Tensor) -> Tensor:
-        """Return R right (*batch, m, k)."""
-        if self._all:
-            return self.R @ right
-        product = right * self.diagonal[..., None]
-        product[..., self.coupled, :] = self.block @ right[..., self.coupled, :]
-        return product
-
-    @property
-    def _all(self) -> bool:
-        return len(self.coupled) == self.R.shape[-1]
-
-    def _solve_block(self, right: Tensor) -> Tensor:
-        solved = torch.cholesky_solve(right, self.L)
-        if self.LU is None:
-            return solved
-        return torch.where(self.indefinite[..., None, None], self.LU.solve(right), solved)
-
-
 @dataclass(frozen=True)
 class _Eliminated:
     """A DARE with its input cost eliminated (R4), and what led there."""
@@ -103,14 +53,14 @@ class _Eliminated:
     A: Tensor
     G: Tensor
     H: Tensor
-    cost: _InputCost
+    cost: InputCostFactor
     RB: Tensor  # R^-1 B'
     RM: Tensor  # R^-1 M
 
     @staticmethod
-    def of(A: Tensor, B: Tensor, Q: Tensor, R: Tensor, M: Tensor) -> "_Eliminated":
+    def of(A: Tensor, B: Tensor, Q: Tensor, R: InputCost, M: Tensor) -> "_Eliminated":
         n = A.shape[-1]
-        cost = _InputCost(R)
+        cost = R.factorise()
         solved = cost.solve(torch.cat([B.mT, M], dim=-1))
         RB, RM = solved[..., :n], solved[..., n:]
         return _Eliminated(A - B @ RM, _sym(B @ RB), _sym(Q - M.mT @ RM), cost, RB, RM)  # (R4)
@@ -190,7 +140,7 @@ class Doubling:
             return self.rtol
         return 1e-8 if dtype == torch.float64 else 1e-4
 
-    def solve(self, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, M: Tensor) -> DareSolution:
+    def solve(self, A: Tensor, B: Tensor, Q: Tensor, R: InputCost, M: Tensor) -> DareSolution:
         """Solve a batch of DAREs; never raises for a failure."""
         plain = self._attempt(A, B, Q, R, M, None)
         if plain.stabilising.all():
@@ -209,7 +159,7 @@ class Doubling:
         )
 
     def _attempt(
-        self, A: Tensor, B: Tensor, Q: Tensor, R: Tensor, M: Tensor, alpha: Tensor | None
+        self, A: Tensor, B: Tensor, Q: Tensor, R: InputCost, M: Tensor, alpha: Tensor | None
     ) -> DareSolution:
         """Solve, through the shift (R6) by alpha (*batch,) if there is one, and certify."""
         if alpha is None:
@@ -217,8 +167,9 @@ class Doubling:
         else:
             shift = alpha[..., None, None]
             eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+            R_shifted = InputCost.of(R.dense() + shift * B.mT @ B)
             eliminated = _Eliminated.of(
-                A, B, Q + shift * (A.mT @ A - eye), R + shift * B.mT @ B, M + shift * B.mT @ A
+                A, B, Q + shift * (A.mT @ A - eye), R_shifted, M + shift * B.mT @ A
             )
         D, iterations, broken = self._double(eliminated)
         P = D if alpha is None else shift * eye + D  # (R6)
@@ -258,7 +209,7 @@ class Doubling:
         A: Tensor,
         B: Tensor,
         Q: Tensor,
-        R: Tensor,
+        R: InputCost,
         M: Tensor,
         P: Tensor,
         D: Tensor,
@@ -273,7 +224,7 @@ class Doubling:
         PA = P @ A
         APA, mixed = A.mT @ PA, M + B.mT @ PA
         BK = B @ K
-        RK = problem.cost.times(K) if D is P else R @ K  # a shifted problem has another R
+        RK = R @ K
         residual = torch.maximum(
             _relative(APA + Q - mixed.mT @ K - P, P, APA, Q),
             _relative(RK + B.mT @ (P @ BK) - mixed, mixed, RK),
@@ -282,7 +233,8 @@ class Doubling:
         radius = spectral_radius(A_cl)
         if (radius > 0.9).any():  # the bound must not be what keeps a stable loop from passing
             radius = spectral_radius(A_cl, squarings=26)
-        finite = torch.stack([X.isfinite().flatten(-2).all(-1) for X in (A, B, Q, R, M)]).all(0)
+        finite = torch.stack([_largest(X) for X in (A, B, Q, R.block, M)]).isfinite().all(0)
+        finite = finite & R.diagonal.isfinite().all(-1)
         edge = 10 * torch.finfo(P.dtype).eps ** 0.5
         solves = residual <= self.tolerance(P.dtype)
         result = torch.where(broken != 0, broken, DareResult.NOT_CONVERGED)
@@ -299,7 +251,7 @@ def solve_dare(
     A: Tensor,
     B: Tensor,
     Q: Tensor,
-    R: Tensor,
+    R: Tensor | InputCost,
     M: Tensor | None = None,
     *,
     solver: Doubling = Doubling(),
@@ -314,7 +266,8 @@ def solve_dare(
         A: State matrix, `(*batch, n, n)`; (A, B) must be stabilisable.
         B: Input matrix, `(*batch, n, m)`.
         Q: State cost, symmetric, `(*batch, n, n)`.
-        R: Input cost, symmetric, `(*batch, m, m)`; damping belongs here (R_bar).
+        R: Input cost, symmetric, `(*batch, m, m)`; damping belongs here (R_bar). An `InputCost`
+            saves finding out which controls it couples.
         M: Cross cost, `(*batch, m, n)`; zero if `None`. SciPy's `s` is its transpose.
         solver: The algorithm and its tolerances.
         throw: Raise if an element has no stabilising solution. If `False`, inspect `result`.
@@ -334,9 +287,8 @@ def solve_dare(
         >>> bool(residual.abs().max() < 1e-5), dare.closed_loop_radius.item() < 1
         (True, True)
     """
-    A, B, Q, R, M = _checked(A, B, Q, R, M)
     with torch.no_grad():
-        solution = solver.solve(A, B, Q, R, M)
+        solution = solver.solve(*_checked(A, B, Q, R, M))
     return solution.raise_if_failed() if throw else solution
 
 
@@ -363,9 +315,9 @@ def spectral_radius(A: Tensor, squarings: int = 12) -> Tensor:
     return torch.where(log_norm.isnan() | norm.isnan(), float("nan"), log_norm.exp())
 
 
-def _shift(Q: Tensor, R: Tensor, M: Tensor) -> Tensor:
+def _shift(Q: Tensor, R: InputCost, M: Tensor) -> Tensor:
     """Return alpha of (R6) at the scale of the costs; far above it costs digits."""
-    costs = torch.stack([_norm(Q), _norm(R), _norm(M)]).amax(0)
+    costs = torch.stack([_norm(Q), R.norm(), _norm(M)]).amax(0)
     return torch.where(costs > 0, costs, torch.ones_like(costs))
 
 
@@ -376,10 +328,10 @@ def _relative(error: Tensor, *terms: Tensor) -> Tensor:
 
 
 def _checked(
-    A: Tensor, B: Tensor, Q: Tensor, R: Tensor, M: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    A: Tensor, B: Tensor, Q: Tensor, R: Tensor | InputCost, M: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, InputCost, Tensor]:
     if not isinstance(B, Tensor) or B.dim() < 2:
-        got = tuple(B.shape) if isinstance(B, Tensor) else type(B).__name__
+        got = str(tuple(B.shape)) if isinstance(B, Tensor) else type(B).__name__
         raise ValueError(f"B must be a tensor of shape (*batch, n, m), got {got}.")
     *batch, n, m = B.shape
     if M is None:
@@ -392,8 +344,9 @@ def _checked(
         "M": (M, (*batch, m, n)),
     }
     for name, (X, shape) in expected.items():
-        if not isinstance(X, Tensor) or X.shape != shape:
-            got = tuple(X.shape) if isinstance(X, Tensor) else type(X).__name__
+        right_type = isinstance(X, (Tensor, InputCost) if name == "R" else Tensor)
+        if not right_type or X.shape != shape:
+            got = str(tuple(X.shape)) if right_type else type(X).__name__
             raise ValueError(f"{name} must have shape {shape} to match B, got {got}.")
         if X.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} must be float32 or float64, got {X.dtype}.")
@@ -401,11 +354,16 @@ def _checked(
             raise ValueError(
                 f"{name} must be {B.dtype} on {B.device} like B, got {X.dtype} on {X.device}."
             )
-    loose = torch.finfo(B.dtype).eps ** 0.5
-    for name, X in (("Q", Q), ("R", R)):
-        if (_norm(X - X.mT) > loose * _norm(X)).any():
-            raise ValueError(f"{name} must be symmetric.")
-    return A, B, _sym(Q), _sym(R), M
+    Q = _symmetric("Q", Q)
+    if not isinstance(R, InputCost):
+        return A, B, Q, InputCost.of(_symmetric("R", R)), M
+    return A, B, Q, replace(R, block=_symmetric("R", R.block)), M
+
+
+def _symmetric(name: str, X: Tensor) -> Tensor:
+    if (_norm(X - X.mT) > torch.finfo(X.dtype).eps ** 0.5 * _norm(X)).any():
+        raise ValueError(f"{name} must be symmetric.")
+    return _sym(X)
 
 
 def _sym(X: Tensor) -> Tensor:
@@ -414,3 +372,10 @@ def _sym(X: Tensor) -> Tensor:
 
 def _norm(X: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(X)
+
+
+def _largest(X: Tensor) -> Tensor:
+    """Return the largest magnitude in X (*batch, i, j); NaN and inf come through."""
+    if X.numel() == 0:
+        return X.new_zeros(X.shape[:-2])
+    return torch.linalg.vector_norm(X, float("inf"), dim=(-2, -1))

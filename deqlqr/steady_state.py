@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deqlqr.input_cost import InputCost
 from deqlqr.lqr import LQR
 from deqlqr.riccati import DareSolution, lu_factor, solve_dare
 from deqlqr.solution import ConvergenceError
@@ -94,7 +95,8 @@ def static_step(lqr: LQR) -> Tensor:
 def curvature(lqr: LQR, S: Tensor) -> Tensor:
     """Return the matrix of (F3), S'QS + S'M' + M S + R (*batch, m, m), for S (*batch, n, m)."""
     MS = lqr.M @ S
-    return S.mT @ lqr.Q @ S + MS + MS.mT + lqr.R
+    R = lqr.R.dense() if isinstance(lqr.R, InputCost) else lqr.R
+    return S.mT @ lqr.Q @ S + MS + MS.mT + R
 
 
 def _optimality(lqr: LQR, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
