@@ -130,7 +130,7 @@ def check_equivalence(
     divergence: DivergenceLike | None = None,
     damping: float = 1e-2,
     max_states: int = 2048,
-    max_controls: int = 4096,
+    max_controls: int = 6144,
 ) -> EquivalenceReport:
     """Compare all routes to the gradient and to the damped step of a model on one batch.
 

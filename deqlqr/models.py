@@ -21,7 +21,7 @@ def make_model(name: str, image: Sequence[int], classes: int, *, seed: int = 0) 
     Args:
         name: `"dense"`: a tanh `DenseBlock` with 16 states behind one convolution;
             `"conv"`: the thesis' toy `ConvBlock` with 12 inner channels, on a state of
-            2 channels and 4 x 4 pixels.
+            8 channels and 2 x 2 pixels.
         image: Shape of one image; at least 8 x 8.
         classes: Number of outputs.
         seed: Of the initial parameters.
@@ -51,18 +51,19 @@ def check_seed(seed: int) -> None:
 
 def _dense(image: Sequence[int], classes: int, states: int = 16) -> nn.Module:
     encoder = nn.Sequential(
-        nn.Conv2d(image[0], 8, 3), nn.Tanh(), nn.AdaptiveMaxPool2d(3), nn.Flatten()
+        nn.Conv2d(image[0], 8, 3, padding=1), nn.Tanh(), nn.AdaptiveMaxPool2d(4), nn.Flatten()
     )
-    return nn.Sequential(encoder, DEQ(DenseBlock(states, 72)), nn.Linear(states, classes))
+    return nn.Sequential(encoder, DEQ(DenseBlock(states, 128)), nn.Linear(states, classes))
 
 
-def _conv(image: Sequence[int], classes: int, channels: int = 2) -> nn.Module:
+def _conv(image: Sequence[int], classes: int, channels: int = 8) -> nn.Module:
+    pooled = 6 if min(image[1:]) >= 16 else 4
     encoder = nn.Sequential(
-        nn.Conv2d(image[0], 8, 3, stride=2, padding=1),
-        nn.Tanh(),
-        nn.Conv2d(8, channels, 3, padding=1),
-        nn.AdaptiveAvgPool2d(4),
+        nn.Conv2d(image[0], 12, pooled - 1),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(pooled),
+        nn.Conv2d(12, channels, pooled - 1),
     )
     return nn.Sequential(
-        encoder, DEQ(ConvBlock(channels)), nn.Flatten(), nn.Linear(16 * channels, classes)
+        encoder, DEQ(ConvBlock(channels)), nn.Flatten(), nn.Linear(4 * channels, classes)
     )

@@ -63,7 +63,8 @@ class _Eliminated:
         cost = R.factorise()
         solved = cost.solve(torch.cat([B.mT, M], dim=-1))
         RB, RM = solved[..., :n], solved[..., n:]
-        return _Eliminated(A - B @ RM, _sym(B @ RB), _sym(Q - M.mT @ RM), cost, RB, RM)  # (R4)
+        A_0, H_0 = A - _times(B, RM), _sym(Q - _times(M.mT, RM))
+        return _Eliminated(A_0, _sym(B @ RB), H_0, cost, RB, RM)  # (R4)
 
 
 @dataclass(frozen=True)
@@ -187,20 +188,21 @@ class Doubling:
         floor = torch.finfo(A.dtype).eps ** 0.75
         check_every = 1 if A.device.type == "cpu" else 3
         for step in range(self.max_steps):
-            if step % check_every == 0 and not running.any():
-                break
             W_solved, _ = torch.linalg.solve_ex(eye + G @ H, torch.cat([A, G], dim=-1))
             WA, WG = W_solved[..., :n], W_solved[..., n:]
             dH = _sym(A.mT @ H @ WA)
-            A_next, G_next, H_next = A @ WA, _sym(G + A @ WG @ A.mT), H + dH  # (R5)
-            finite = A_next.isfinite().flatten(-2).all(-1) & _norm(H_next).isfinite()
-            converged = _norm(dH) <= floor * _norm(H_next)
+            H_next = H + dH  # (R5)
+            finite, converged = _norm(H_next).isfinite(), _norm(dH) <= floor * _norm(H_next)
             iterations += running
             broken = torch.where(running & ~finite, DareResult.NON_FINITE, broken)
-            keep = (running & finite)[..., None, None]
+            running = running & finite
+            H = torch.where(running[..., None, None], H_next, H)
+            running = running & ~converged
+            if (step + 1) % check_every == 0 and not running.any():
+                break
+            keep = running[..., None, None]
+            A_next, G_next = A @ WA, _sym(G + A @ WG @ A.mT)  # (R5)
             A, G = torch.where(keep, A_next, A), torch.where(keep, G_next, G)
-            H = torch.where(keep, H_next, H)
-            running = running & finite & ~converged
         broken = torch.where(running, DareResult.NOT_CONVERGED, broken)
         return H, iterations, broken
 
@@ -221,16 +223,13 @@ class Doubling:
         eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         gain = Gain(B, D, problem, lu_factor(eye + D @ problem.G))
         K = problem.RM + problem.RB @ gain.loop.solve(D @ problem.A)  # (R7)
-        PA = P @ A
-        APA, mixed = A.mT @ PA, M + B.mT @ PA
-        BK = B @ K
-        RK = R @ K
-        residual = torch.maximum(
-            _relative(APA + Q - mixed.mT @ K - P, P, APA, Q),
-            _relative(RK + B.mT @ (P @ BK) - mixed, mixed, RK),
+        A_cl = A - B @ K
+        PA = P @ A_cl
+        APA, BPA, RK, MK = A.mT @ PA, B.mT @ PA, R @ K, _times(K.mT, M).mT
+        residual = torch.maximum(  # (R1) in the form P = A'P A_cl + Q - M'K, R K = M + B'P A_cl
+            _relative(APA + Q - MK - P, P, APA, Q, MK), _relative(RK - M - BPA, RK, M, BPA)
         )
-        A_cl = A - BK
-        radius = spectral_radius(A_cl)
+        radius = spectral_radius(A_cl, atol=1e-3)
         if (radius > 0.9).any():  # the bound must not be what keeps a stable loop from passing
             radius = spectral_radius(A_cl, squarings=26)
         finite = torch.stack([_largest(X) for X in (A, B, Q, R.block, M)]).isfinite().all(0)
@@ -292,27 +291,46 @@ def solve_dare(
     return solution.raise_if_failed() if throw else solution
 
 
-def spectral_radius(A: Tensor, squarings: int = 12) -> Tensor:
+def spectral_radius(A: Tensor, squarings: int = 12, atol: float = 0.0) -> Tensor:
     """Return the spectral radius of A (*batch, n, n) from above, by repeated squaring.
 
     By Gelfand's formula rho(A) <= ||A^k||_F^(1/k) for every k; here k = 2^squarings, which is
     tight to a relative error of about log(n cond)/k. Products only, so it stays on the device;
     a value below 1 certifies stability. Returns NaN for a matrix that holds NaN or inf.
 
+    Args:
+        A: `(*batch, n, n)`.
+        squarings: Most squarings.
+        atol: Stop (on the CPU) once a squaring lowers no element's bound by more than this.
+
     Example:
         >>> float(spectral_radius(torch.diag(torch.tensor([0.5, -0.9])))) - 0.9 < 1e-3
         True
     """
-    log_norm = torch.zeros_like(A[..., 0, 0])
     tiny = torch.finfo(A.dtype).tiny
-    for k in range(squarings + 1):
-        # A^(2^k) = exp(2^k log_norm) times the normalised power.
+    norm = _norm(A)
+    log_bound = norm.clamp(min=tiny).log()
+    for k in range(1, squarings + 1):
+        # A^(2^k) is exp(2^k log_bound) times a matrix of norm 1, squared here without overflow.
+        A = A / norm.clamp(min=tiny)[..., None, None]
+        A = A @ A
         norm = _norm(A)
-        log_norm = log_norm + norm.clamp(min=tiny).log() / 2**k
-        if k < squarings:
-            A = A / norm.clamp(min=tiny)[..., None, None]
-            A = A @ A
-    return torch.where(log_norm.isnan() | norm.isnan(), float("nan"), log_norm.exp())
+        before, log_bound = log_bound, log_bound + norm.clamp(min=tiny).log() / 2**k
+        if (
+            atol > 0
+            and A.device.type == "cpu"
+            and not (before.exp() - log_bound.exp() > atol).any()
+        ):
+            break
+    return torch.where(log_bound.isnan() | norm.isnan(), float("nan"), log_bound.exp())
+
+
+def _times(X: Tensor, Y: Tensor) -> Tensor:
+    """Return X Y; rows of Y that are zero, as most of M in a training step, cost nothing."""
+    rows = (Y != 0).any(-1).reshape(-1, Y.shape[-2]).any(0).nonzero()[:, 0]
+    if 2 * len(rows) > Y.shape[-2]:
+        return X @ Y
+    return X[..., rows] @ Y[..., rows, :]
 
 
 def _shift(Q: Tensor, R: InputCost, M: Tensor) -> Tensor:

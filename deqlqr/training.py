@@ -61,11 +61,11 @@ class TrainConfig:
     data_root: str | None = None
     model: str = "dense"
     optimizer: str = "ingd"
-    lr: float = 0.5
-    damping: float = 0.1
+    lr: float = 1.5
+    damping: float = 0.5
     minibatch: str = "exact"
     batch_size: int = 16
-    epochs: int = 4
+    epochs: int = 5
     schedule: str = "cosine"
     train_size: int | None = None
     max_steps: int | None = None

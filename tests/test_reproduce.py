@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 from deqlqr.metrics import read_metrics
-from deqlqr.reproduce import TARGET, _summary, _verdict, fig4_1_configs, reproduce
+from deqlqr.reproduce import GD_BUDGET, TARGET, _summary, _verdict, fig4_1_configs, reproduce
 from deqlqr.solution import ConvergenceError
 from deqlqr.training import METRICS, Trainer
 
@@ -20,8 +20,10 @@ STEPS = 10
 
 @pytest.fixture
 def root(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """MNIST's folder; the grid is cut to one rate, and evaluation to few samples."""
+    """MNIST's folder; one run of gradient descent, small batches, evaluation on few samples."""
     monkeypatch.setattr("deqlqr.reproduce.GD_GRID", (0.3,))
+    monkeypatch.setattr("deqlqr.reproduce.SCHEDULES", ("constant",))
+    monkeypatch.setattr("deqlqr.reproduce.BATCH", 4)
     full = Trainer.__init__
 
     def few(self: Trainer, *args: Any, **options: Any) -> None:
@@ -55,13 +57,15 @@ def test_no_steps_are_refused_before_anything_is_written(tmp_path: Path, steps: 
 
 
 @pytest.mark.parametrize("steps", [1, 400, 3750, 3751, 10000])
-def test_the_runs_differ_in_the_optimizer_only_and_take_all_steps(steps: int) -> None:
+def test_the_runs_share_model_and_batches_and_take_all_steps(steps: int) -> None:
     configs = list(fig4_1_configs(Path("x"), steps).values())
     assert [c.optimizer for c in configs] == ["ingd", *["gd"] * (len(configs) - 1)]
-    assert len({c.lr for c in configs[1:]}) == len(configs) - 1 >= 2
+    assert len({(c.lr, c.schedule) for c in configs[1:]}) == len(configs) - 1 >= 2
+    assert {c.schedule for c in configs} == {"cosine", "constant"}
     for c in configs:
-        assert c.max_steps == steps <= c.epochs * (60000 // c.batch_size)
-        assert (c.data, c.model, c.schedule) == ("mnist", "conv", "constant")
+        assert c.max_steps == (steps if c.optimizer == "ingd" else GD_BUDGET * steps)
+        assert c.max_steps <= c.epochs * (60000 // c.batch_size)
+        assert (c.data, c.model) == ("mnist", "conv")
         assert (c.seed, c.batch_size, c.eval_size) == (
             configs[0].seed,
             configs[0].batch_size,
@@ -106,8 +110,8 @@ def test_it_writes_figure_numbers_and_line_and_keeps_finished_runs(
     content = json.loads((out / "fig4.1.json").read_text())
     assert content["line"] == line and content["failures"] == {}
     assert set(content["runs"]) == set(fig4_1_configs(root, STEPS)) and len(content["runs"]) == 2
-    for row in content["runs"].values():
-        assert row["last_step"] == STEPS and 0 <= row["best_accuracy"] <= 1 and row["seconds"] > 0
+    for row, steps in zip(content["runs"].values(), (STEPS, GD_BUDGET * STEPS), strict=True):
+        assert row["last_step"] == steps and 0 <= row["best_accuracy"] <= 1 and row["seconds"] > 0
     written = {p: p.read_bytes() for p in out.glob(f"*/{METRICS}")}
     assert len(written) == 2
     refuse_steps(monkeypatch)
@@ -134,7 +138,7 @@ def test_a_run_that_fails_is_named_and_the_others_still_run(
     (failed,) = content["failures"].items()
     assert failed[0].startswith("implicit") and failed[1] == "no fixed point"
     assert f"failed: {failed[0]}" in line
-    assert [row["last_step"] for row in content["runs"].values()] == [0, 3]
+    assert [row["last_step"] for row in content["runs"].values()] == [0, 3 * GD_BUDGET]
     assert (tmp_path / "fig4.1.png").exists()
 
 
@@ -167,6 +171,6 @@ def test_an_interrupted_figure_goes_on_where_it_stopped(
         reproduce("fig4.1", root, tmp_path, 3)
     assert taken == ["ingd"] * 2 and not (tmp_path / "fig4.1.json").exists()
     reproduce("fig4.1", root, tmp_path, 3)
-    assert taken == ["ingd"] * 3 + ["gd"] * 3
-    for path in tmp_path.glob(f"*/{METRICS}"):
-        assert read_metrics(path)[-1]["step"] == 3
+    assert taken == ["ingd"] * 3 + ["gd"] * 3 * GD_BUDGET
+    last = {read_metrics(path)[-1]["step"] for path in tmp_path.glob(f"*/{METRICS}")}
+    assert last == {3, 3 * GD_BUDGET}
