@@ -5,6 +5,7 @@ block -> fixed point -> linearise -> LQR problem -> Riccati -> steady state -> u
 
 from deqlqr.blocks import ConvBlock, DenseBlock
 from deqlqr.controls import Controls
+from deqlqr.dare import spectral_radius
 from deqlqr.deq import DEQ
 from deqlqr.divergence import (
     CategoricalKL,
@@ -28,9 +29,16 @@ from deqlqr.input_cost import InputCost
 from deqlqr.linearize import linearize
 from deqlqr.lqr import LQR
 from deqlqr.optim import ImplicitNGD, StepReport
-from deqlqr.riccati import DareSolution, Doubling, solve_dare, spectral_radius
-from deqlqr.solution import ConvergenceError, DareResult, FixedPointResult, ResultCode
+from deqlqr.riccati import DareSolution, Doubling, solve_dare
+from deqlqr.solution import (
+    ConvergenceError,
+    DareResult,
+    FixedPointResult,
+    ResultCode,
+    SteinResult,
+)
 from deqlqr.steady_state import SteadyState, static_step, steady_state
+from deqlqr.stein import SteinSolution, solve_stein
 
 __version__ = "0.1.0"
 
@@ -66,6 +74,8 @@ __all__ = [
     "Doubling",
     "DareSolution",
     "spectral_radius",
+    "solve_stein",
+    "SteinSolution",
     # steady state
     "steady_state",
     "static_step",
@@ -81,5 +91,6 @@ __all__ = [
     "ResultCode",
     "FixedPointResult",
     "DareResult",
+    "SteinResult",
     "ConvergenceError",
 ]

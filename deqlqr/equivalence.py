@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from deqlqr._checks import at_least
 from deqlqr.controls import Controls
+from deqlqr.dare import spectral_radius
 from deqlqr.deq import DEQ, find_deq
 from deqlqr.divergence import Divergence, DivergenceLike, Euclidean, Newton, OutputDivergence
 from deqlqr.fixed_point import Anderson, Picard, fixed_point
 from deqlqr.linearize import choose_divergence, linearize_samples
 from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
-from deqlqr.riccati import solve_dare, spectral_radius
+from deqlqr.riccati import solve_dare
 from deqlqr.solution import ConvergenceError
 from deqlqr.steady_state import curvature, static_step, steady_state
 

@@ -23,11 +23,13 @@ from deqlqr.linearize import (
     linearize_samples,
 )
 from deqlqr.loss import LossLike, make_loss
-from deqlqr.riccati import DareSolution, solve_dare
+from deqlqr.riccati import DareSolution, Doubling, factored_dare
 from deqlqr.solution import ConvergenceError, DareResult, FixedPointResult, describe_failures
 from deqlqr.steady_state import steady_state
 
 Route = Literal["dare"]
+# What the step needs of P is judged by the steady state, in whatever type it is computed.
+_AS_IT_IS = Doubling(refine=0)
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ class ImplicitNGD(torch.optim.Optimizer):
         exact = self.minibatch == "exact"
         lqr = local.exact() if exact else local.per_sample()
         lqr = lqr.to(self.linalg_dtype).damped(damping)
-        dare = solve_dare(lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, throw=False)
+        dare = factored_dare(lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, solver=_AS_IT_IS)
         failure = describe_failures(dare.result, DareResult, "DARE")
         if failure is not None:
             return None, dare, failure

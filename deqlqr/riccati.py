@@ -1,85 +1,39 @@
-"""Discrete algebraic Riccati equation (DARE) by structure-preserving doubling, with certificates.
+"""`solve_dare`: the stabilising solution of the DARE, with certificate and derivatives.
 
-Shapes: A (*batch, n, n), B (*batch, n, m), Q and P (*batch, n, n), R (*batch, m, m),
-M and K (*batch, m, n). Everything is matrix products and LU, on the tensors' own device.
+A candidate P comes from doubling, from Newton's method or from SciPy; whatever its source, it is
+judged on the equation (R1) and on the closed loop before it is handed out. Derivatives are those
+of the equation, not of the algorithm. With S = R + B'PB and A_cl = A - B K:
 
-    (R1)  P = A'PA + Q - (M + B'PA)' K,   K = (R + B'PB)^-1 (M + B'PA),   A_cl = A - B K
-    (R4)  A_0 = A - B R^-1 M,   G_0 = B R^-1 B',   H_0 = Q - M' R^-1 M
-    (R5)  W = I + G H,   A <- A W^-1 A,   G <- G + A W^-1 G A',   H <- H + A' H W^-1 A,   H -> P
-    (R6)  P = alpha I + D, with D of the DARE (A, B, Q + alpha (A'A - I), R + alpha B'B,
-          M + alpha B'A): the same closed loop, and an R that may be invertible where R was not
-    (R7)  K = R^-1 M + R^-1 B' (I + P G)^-1 P A_0
-          (R + B'PB)^-1 r = R^-1 r - R^-1 B' (I + P G)^-1 P B R^-1 r
+    (R9)  dP = A_cl' dP A_cl + dQ - dM'K - K'dM + K'dR K + T + T',   T = A_cl' P (dA - dB K)
+          dK = S^-1 (dM - dR K + dB'P A_cl + B'P (dA - dB K) + B' dP A_cl)
+    (R10) W = S^-1 K_bar,   Y = A_cl Y A_cl' + sym(P_bar + B W A_cl'),
+          Q_bar = Y,   R_bar = K Y K' - sym(W K'),   M_bar = W - 2 K Y,
+          A_bar = 2 P A_cl Y + P B W,   B_bar = P A_cl W' - A_bar K'
 
-Each step of (R5) squares the closed loop, so the error after k steps is O(rho(A_cl)^(2^k)).
-(R7) is (R1)'s gain by the matrix inversion lemma: the m x m matrix R is factorised once, and
-everything after it is n x n, which pays where controls outnumber states.
-
-Source: Chu, Fan, Lin, Wang (2004), Structure-preserving algorithms for periodic discrete-time
-algebraic Riccati equations, Int. J. Control 77(8). doi:10.1080/00207170410001714988.
+Source: T.-C. Kao, G. Hennequin (2020), Automatic differentiation of Sylvester, Lyapunov, and
+algebraic Riccati equations, arXiv:2011.11430.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from scipy.linalg import LinAlgError, solve_discrete_are
 from torch import Tensor
 
-from deqlqr.input_cost import InputCost, InputCostFactor
+from deqlqr._checks import choice
+from deqlqr._linalg import batch_first, norm, sym
+from deqlqr.dare import Dare, Gain
+from deqlqr.doubling import double, shift_of
+from deqlqr.input_cost import InputCost
+from deqlqr.newton import Found, judge, merged, newton_step
 from deqlqr.solution import ConvergenceError, DareResult, describe_failures
+from deqlqr.stein import solve_stein
 
-
-class LUFactor(NamedTuple):
-    """LU factors of a batch of square matrices, and whether each is singular."""
-
-    LU: Tensor
-    pivots: Tensor
-    info: Tensor
-
-    def solve(self, right: Tensor, *, adjoint: bool = False) -> Tensor:
-        """Return X^-1 right (*batch, n, k), or X^-T right."""
-        return torch.linalg.lu_solve(self.LU, self.pivots, right, adjoint=adjoint)
-
-
-def lu_factor(X: Tensor) -> LUFactor:
-    """Return the LU factors of X (*batch, n, n); a singular one is marked, not raised."""
-    return LUFactor(*torch.linalg.lu_factor_ex(X))
-
-
-@dataclass(frozen=True)
-class _Eliminated:
-    """A DARE with its input cost eliminated (R4), and what led there."""
-
-    A: Tensor
-    G: Tensor
-    H: Tensor
-    cost: InputCostFactor
-    RB: Tensor  # R^-1 B'
-    RM: Tensor  # R^-1 M
-
-    @staticmethod
-    def of(A: Tensor, B: Tensor, Q: Tensor, R: InputCost, M: Tensor) -> "_Eliminated":
-        n = A.shape[-1]
-        cost = R.factorise()
-        solved = cost.solve(torch.cat([B.mT, M], dim=-1))
-        RB, RM = solved[..., :n], solved[..., n:]
-        A_0, H_0 = A - _times(B, RM), _sym(Q - _times(M.mT, RM))
-        return _Eliminated(A_0, _sym(B @ RB), H_0, cost, RB, RM)  # (R4)
-
-
-@dataclass(frozen=True)
-class Gain:
-    """What solves with R + B'PB: the factors that gave K, kept for the linear terms."""
-
-    B: Tensor
-    D: Tensor  # P, or P less the shift of (R6)
-    eliminated: _Eliminated
-    loop: LUFactor  # of I + D G
-
-    def solve(self, right: Tensor) -> Tensor:
-        """Return (R + B'PB)^-1 right (*batch, m, k) (R7)."""
-        solved = self.eliminated.cost.solve(right)
-        return solved - self.eliminated.RB @ self.loop.solve(self.D @ (self.B @ solved))
+Method = Literal["doubling", "scipy"]
+_SHIFTS = (1.0, 1e2, 1e-2)  # of the scale of the costs; tried in this order where doubling fails
+_WARM_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -93,9 +47,9 @@ class DareSolution:
         closed_loop_radius: Spectral radius of A - BK (see `spectral_radius`), `(*batch,)`.
         residual: The larger relative residual of (R1)'s two equations: Frobenius norm over that
             of the largest term, `(*batch,)`.
-        iterations: Doubling steps, `(*batch,)`.
+        iterations: Doubling steps, or Newton steps after a warm start, `(*batch,)`.
         result: A `DareResult` code, int64, `(*batch,)`.
-        gain: Solves with R + B'PB, from the factors that gave K; `steady_state` uses it.
+        gain: The factors that gave K, for a following `steady_state`; only from `factored_dare`.
     """
 
     P: Tensor
@@ -104,7 +58,7 @@ class DareSolution:
     residual: Tensor
     iterations: Tensor
     result: Tensor
-    gain: Gain = field(repr=False)
+    gain: Gain | None = field(default=None, repr=False)
 
     @property
     def stabilising(self) -> Tensor:
@@ -125,125 +79,21 @@ class DareSolution:
 
 @dataclass(frozen=True)
 class Doubling:
-    """Structure-preserving doubling (R5), retried with the exact shift (R6) where it fails.
+    """How `solve_dare` solves: doubling (R5), the exact shift (R6) where it fails, Newton (R8).
 
     Attributes:
-        rtol: Largest residual accepted; `None` takes 1e-4 in float32 and 1e-8 in float64.
+        rtol: Largest residual accepted; `None` takes 1e-8, or 1e-4 for float32 without `refine`.
         max_steps: Most doubling steps.
+        polish: Take one Newton step (R8) at the end; `None` takes it where the residual is above
+            what rounding explains. A step that does not lower the residual is dropped.
+        refine: For float32: Newton steps (R8) with the residual in float64 and the correction in
+            float32. 0 leaves the solution at the accuracy of float32.
     """
 
     rtol: float | None = None
     max_steps: int = 40
-
-    def tolerance(self, dtype: torch.dtype) -> float:
-        """Return `rtol`, or the default for `dtype`."""
-        if self.rtol is not None:
-            return self.rtol
-        return 1e-8 if dtype == torch.float64 else 1e-4
-
-    def solve(self, A: Tensor, B: Tensor, Q: Tensor, R: InputCost, M: Tensor) -> DareSolution:
-        """Solve a batch of DAREs; never raises for a failure."""
-        plain = self._attempt(A, B, Q, R, M, None)
-        if plain.stabilising.all():
-            return plain
-        alpha = _shift(Q, R, M).masked_fill(plain.stabilising, 0.0)
-        shifted = self._attempt(A, B, Q, R, M, alpha)
-        # Where both fail, the plain attempt's verdict is the one on the problem as posed.
-        better = shifted.stabilising
-        pick = lambda name: torch.where(better, getattr(shifted, name), getattr(plain, name))
-        return replace(
-            shifted,
-            closed_loop_radius=pick("closed_loop_radius"),
-            residual=pick("residual"),
-            iterations=pick("iterations"),
-            result=pick("result"),
-        )
-
-    def _attempt(
-        self, A: Tensor, B: Tensor, Q: Tensor, R: InputCost, M: Tensor, alpha: Tensor | None
-    ) -> DareSolution:
-        """Solve, through the shift (R6) by alpha (*batch,) if there is one, and certify."""
-        if alpha is None:
-            eliminated = _Eliminated.of(A, B, Q, R, M)
-        else:
-            shift = alpha[..., None, None]
-            eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-            R_shifted = InputCost.of(R.dense() + shift * B.mT @ B)
-            eliminated = _Eliminated.of(
-                A, B, Q + shift * (A.mT @ A - eye), R_shifted, M + shift * B.mT @ A
-            )
-        D, iterations, broken = self._double(eliminated)
-        P = D if alpha is None else shift * eye + D  # (R6)
-        return self._certify(A, B, Q, R, M, P, D, eliminated, iterations, broken)
-
-    def _double(self, problem: _Eliminated) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the limit of (R5), its steps, and what broke: 0, or a `DareResult` code."""
-        A, G, H = problem.A, problem.G, problem.H
-        n = A.shape[-1]
-        eye = torch.eye(n, dtype=A.dtype, device=A.device)
-        broken = torch.where(problem.cost.singular, DareResult.NONE, 0).long()
-        running = broken == 0
-        iterations = torch.zeros_like(broken)
-        # The next step would change H by about the square of this one's relative change.
-        floor = torch.finfo(A.dtype).eps ** 0.75
-        check_every = 1 if A.device.type == "cpu" else 3
-        for step in range(self.max_steps):
-            W_solved, _ = torch.linalg.solve_ex(eye + G @ H, torch.cat([A, G], dim=-1))
-            WA, WG = W_solved[..., :n], W_solved[..., n:]
-            dH = _sym(A.mT @ H @ WA)
-            H_next = H + dH  # (R5)
-            finite, converged = _norm(H_next).isfinite(), _norm(dH) <= floor * _norm(H_next)
-            iterations += running
-            broken = torch.where(running & ~finite, DareResult.NON_FINITE, broken)
-            running = running & finite
-            H = torch.where(running[..., None, None], H_next, H)
-            running = running & ~converged
-            if (step + 1) % check_every == 0 and not running.any():
-                break
-            keep = running[..., None, None]
-            A_next, G_next = A @ WA, _sym(G + A @ WG @ A.mT)  # (R5)
-            A, G = torch.where(keep, A_next, A), torch.where(keep, G_next, G)
-        broken = torch.where(running, DareResult.NOT_CONVERGED, broken)
-        return H, iterations, broken
-
-    def _certify(
-        self,
-        A: Tensor,
-        B: Tensor,
-        Q: Tensor,
-        R: InputCost,
-        M: Tensor,
-        P: Tensor,
-        D: Tensor,
-        problem: _Eliminated,
-        iterations: Tensor,
-        broken: Tensor,
-    ) -> DareSolution:
-        """Form K by (R7) and judge P and K on the original equations (R1)."""
-        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        gain = Gain(B, D, problem, lu_factor(eye + D @ problem.G))
-        K = problem.RM + problem.RB @ gain.loop.solve(D @ problem.A)  # (R7)
-        A_cl = A - B @ K
-        PA = P @ A_cl
-        APA, BPA, RK, MK = A.mT @ PA, B.mT @ PA, R @ K, _times(K.mT, M).mT
-        residual = torch.maximum(  # (R1) in the form P = A'P A_cl + Q - M'K, R K = M + B'P A_cl
-            _relative(APA + Q - MK - P, P, APA, Q, MK), _relative(RK - M - BPA, RK, M, BPA)
-        )
-        radius = spectral_radius(A_cl, atol=1e-3)
-        if (radius > 0.9).any():  # the bound must not be what keeps a stable loop from passing
-            radius = spectral_radius(A_cl, squarings=26)
-        finite = torch.stack([_largest(X) for X in (A, B, Q, R.block, M)]).isfinite().all(0)
-        finite = finite & R.diagonal.isfinite().all(-1)
-        edge = 10 * torch.finfo(P.dtype).eps ** 0.5
-        solves = residual <= self.tolerance(P.dtype)
-        result = torch.where(broken != 0, broken, DareResult.NOT_CONVERGED)
-        result = torch.where(solves & (radius >= 1), DareResult.NONE, result)
-        result = torch.where(solves & ((radius - 1).abs() <= edge), DareResult.BOUNDARY, result)
-        result = torch.where(solves & (radius < 1 - edge), DareResult.STABILISING, result)
-        result = torch.where(finite, result, DareResult.NON_FINITE)
-        bad = (result != DareResult.STABILISING)[..., None, None]
-        P, K = P.masked_fill(bad, float("nan")), K.masked_fill(bad, float("nan"))
-        return DareSolution(P, K, radius, residual, iterations, result, gain)
+    polish: bool | None = None
+    refine: int = 2
 
 
 def solve_dare(
@@ -253,13 +103,17 @@ def solve_dare(
     R: Tensor | InputCost,
     M: Tensor | None = None,
     *,
+    method: Method = "doubling",
     solver: Doubling = Doubling(),
+    P0: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     throw: bool = True,
 ) -> DareSolution:
     """Solve the DARE (R1) for its stabilising solution P.
 
-    Works in the dtype and on the device of the tensors; tested in float64 and float32. The linear
-    terms of an LQR do not enter here: see `steady_state`.
+    P and K are differentiable in A, B, Q, R and M to every order, forward and reverse (R9), (R10),
+    and work under `torch.func`. An `InputCost` is not differentiated. The linear terms of an LQR
+    do not enter here: see `steady_state`.
 
     Args:
         A: State matrix, `(*batch, n, n)`; (A, B) must be stabilisable.
@@ -268,7 +122,13 @@ def solve_dare(
         R: Input cost, symmetric, `(*batch, m, m)`; damping belongs here (R_bar). An `InputCost`
             saves finding out which controls it couples.
         M: Cross cost, `(*batch, m, n)`; zero if `None`. SciPy's `s` is its transpose.
-        solver: The algorithm and its tolerances.
+        method: `"doubling"`: batched, on the tensors' own device. `"scipy"`: QZ, one problem
+            after the other on the CPU in float64, for cross-checks.
+        solver: Tolerances and steps of `"doubling"`, and the tolerance of both.
+        P0: P of a nearby problem, `(*batch, n, n)`: elements whose old gain still stabilises take
+            Newton steps from it; the others are solved afresh.
+        out_dtype: Type of P and K; `None` takes that of A. float64 keeps all digits that `refine`
+            finds for a float32 problem.
         throw: Raise if an element has no stabilising solution. If `False`, inspect `result`.
 
     Returns:
@@ -286,68 +146,243 @@ def solve_dare(
         >>> bool(residual.abs().max() < 1e-5), dare.closed_loop_radius.item() < 1
         (True, True)
     """
-    with torch.no_grad():
-        solution = solver.solve(*_checked(A, B, Q, R, M))
-    return solution.raise_if_failed() if throw else solution
+    A, B, Q, R, M = _checked(A, B, Q, R, M, P0)
+    choice("method", method, get_args(Method))
+    if out_dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"out_dtype must be float32, float64 or None, got {out_dtype}.")
+    options = _Options(method, solver, out_dtype or A.dtype, throw)
+    return DareSolution(*_Dare.apply(A, B, Q, R, M, P0, options))
 
 
-def spectral_radius(A: Tensor, squarings: int = 12, atol: float = 0.0) -> Tensor:
-    """Return the spectral radius of A (*batch, n, n) from above, by repeated squaring.
+def factored_dare(
+    A: Tensor,
+    B: Tensor,
+    Q: Tensor,
+    R: Tensor | InputCost,
+    M: Tensor,
+    *,
+    solver: Doubling = Doubling(),
+    P0: Tensor | None = None,
+) -> DareSolution:
+    """Solve the DARE as `solve_dare` does, and keep the factors that `steady_state` reuses.
 
-    By Gelfand's formula rho(A) <= ||A^k||_F^(1/k) for every k; here k = 2^squarings, which is
-    tight to a relative error of about log(n cond)/k. Products only, so it stays on the device;
-    a value below 1 certifies stability. Returns NaN for a matrix that holds NaN or inf.
+    Not differentiable; never raises for a failure.
 
-    Args:
-        A: `(*batch, n, n)`.
-        squarings: Most squarings.
-        atol: Stop (on the CPU) once a squaring lowers no element's bound by more than this.
-
-    Example:
-        >>> float(spectral_radius(torch.diag(torch.tensor([0.5, -0.9])))) - 0.9 < 1e-3
-        True
+    Returns:
+        A `DareSolution`; inspect `result`.
     """
-    tiny = torch.finfo(A.dtype).tiny
-    norm = _norm(A)
-    log_bound = norm.clamp(min=tiny).log()
-    for k in range(1, squarings + 1):
-        # A^(2^k) is exp(2^k log_bound) times a matrix of norm 1, squared here without overflow.
-        A = A / norm.clamp(min=tiny)[..., None, None]
-        A = A @ A
-        norm = _norm(A)
-        before, log_bound = log_bound, log_bound + norm.clamp(min=tiny).log() / 2**k
-        if (
-            atol > 0
-            and A.device.type == "cpu"
-            and not (before.exp() - log_bound.exp() > atol).any()
-        ):
+    A, B, Q, R, M = _checked(A, B, Q, R, M, P0)
+    options = _Options("doubling", solver, A.dtype, False)
+    with torch.no_grad():
+        return _solve(_symmetric_dare(A, B, Q, R, M), P0, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    method: Method
+    solver: Doubling
+    out_dtype: torch.dtype
+    throw: bool
+
+
+def _solve(dare: Dare, P0: Tensor | None, options: _Options) -> DareSolution:
+    """Solve and certify one batch of equations."""
+    solver = options.solver
+    mixed = dare.A.dtype == torch.float32 and solver.refine > 0 and options.method == "doubling"
+    coarse = 1e-4 if dare.A.dtype == torch.float32 else 1e-8
+    rtol = coarse if mixed or solver.rtol is None else solver.rtol
+    if options.method == "scipy":
+        found = _by_scipy(dare, rtol)
+    else:
+        found = _by_doubling(dare, P0, rtol, solver.max_steps)
+        found = _polished(dare, found, rtol, solver.polish)
+    if mixed:
+        found = _refined(dare, found, 1e-8 if solver.rtol is None else solver.rtol, solver.refine)
+    bad = (~found.stabilising)[..., None, None]
+    P, K = (X.masked_fill(bad, float("nan")) for X in (found.P, found.K))
+    _, _, radius, residual, result = found.certificate
+    return DareSolution(
+        P.to(options.out_dtype), K.to(options.out_dtype), radius.to(dare.A.dtype),
+        residual.to(dare.A.dtype), found.iterations, result,
+        found.gain if options.out_dtype == found.P.dtype else None,
+    )  # fmt: skip
+
+
+def _by_doubling(dare: Dare, P0: Tensor | None, rtol: float, max_steps: int) -> Found:
+    warm = None if P0 is None else _warm(dare, P0, rtol)
+    if warm is not None and warm.stabilising.all():
+        return warm
+    limit = double(dare, max_steps)
+    found = judge(dare, limit.P, limit.iterations, limit.broken, rtol, limit.eliminated)
+    if warm is not None:
+        found = merged(warm, found)
+    for factor in _SHIFTS:
+        wrong = (found.certificate.result != 0) & (
+            found.certificate.result != DareResult.NON_FINITE
+        )
+        if not wrong.any():
             break
-    return torch.where(log_bound.isnan() | norm.isnan(), float("nan"), log_bound.exp())
+        found = _retried(dare, found, wrong, factor, rtol, max_steps)
+    return found
 
 
-def _times(X: Tensor, Y: Tensor) -> Tensor:
-    """Return X Y; rows of Y that are zero, as most of M in a training step, cost nothing."""
-    rows = (Y != 0).any(-1).reshape(-1, Y.shape[-2]).any(0).nonzero()[:, 0]
-    if 2 * len(rows) > Y.shape[-2]:
-        return X @ Y
-    return X[..., rows] @ Y[..., rows, :]
+def _warm(dare: Dare, P0: Tensor, rtol: float) -> Found:
+    """Return Newton's limit from P0; elements it does not serve are not stabilising."""
+    zero = torch.zeros(dare.A.shape[:-2], dtype=torch.int64, device=dare.A.device)
+    found = judge(dare, sym(P0).to(dare.A.dtype), zero, zero, rtol)
+    enough = _rounding(dare)
+    for _ in range(_WARM_STEPS):
+        stable = found.certificate.closed_loop_radius < 1
+        if not (stable & (found.certificate.residual > enough)).any():
+            break
+        found, _ = newton_step(dare, found, rtol, monotone=False)
+    # Short of rounding level Newton has not converged, whatever rtol allows.
+    slow = found.certificate.residual > 1e3 * enough
+    result = found.certificate.result.masked_fill(slow, DareResult.NOT_CONVERGED)
+    return found._replace(certificate=found.certificate._replace(result=result))
 
 
-def _shift(Q: Tensor, R: InputCost, M: Tensor) -> Tensor:
-    """Return alpha of (R6) at the scale of the costs; far above it costs digits."""
-    costs = torch.stack([_norm(Q), R.norm(), _norm(M)]).amax(0)
-    return torch.where(costs > 0, costs, torch.ones_like(costs))
+def _polished(dare: Dare, found: Found, rtol: float, polish: bool | None) -> Found:
+    asked = found.certificate.residual > min(rtol, 1e2 * _rounding(dare))
+    stable = found.certificate.closed_loop_radius < 1
+    if polish is False or (polish is None and not (asked & stable).any()):
+        return found
+    return newton_step(dare, found, rtol)[0]
 
 
-def _relative(error: Tensor, *terms: Tensor) -> Tensor:
-    """Return the norm of an equation's error over that of its largest term."""
-    scale = torch.stack([_norm(term) for term in terms]).amax(0)
-    return _norm(error) / scale.clamp(min=torch.finfo(error.dtype).tiny)
+def _refined(dare: Dare, found: Found, rtol: float, steps: int) -> Found:
+    """Return the solution in float64, by Newton steps that are corrected in float32."""
+    exact = dare.to(torch.float64)
+    broken = torch.where(found.stabilising, 0, found.certificate.result)
+    precise = judge(exact, found.P.double(), found.iterations, broken, rtol)
+    for _ in range(steps):
+        precise, better = newton_step(exact, precise, rtol, stein_dtype=torch.float32)
+        if not better.any():
+            break
+    # What failed in float32 keeps its code: a limit of Newton's steps was not looked for.
+    result = torch.where(found.stabilising, precise.certificate.result, found.certificate.result)
+    return precise._replace(certificate=precise.certificate._replace(result=result))
+
+
+def _retried(
+    dare: Dare, found: Found, wrong: Tensor, factor: float, rtol: float, max_steps: int
+) -> Found:
+    """Solve the elements `wrong` through the shift (R6); the others are not touched."""
+    index = wrong.reshape(-1).nonzero()[:, 0]
+    part = dare.pick(index)
+    limit = double(part, max_steps, factor * shift_of(part))
+    again = judge(part, limit.P, limit.iterations, limit.broken, rtol)
+
+    def spread(whole: Tensor, piece: Tensor) -> Tensor:
+        flat = whole.reshape(-1, *whole.shape[wrong.dim() :])
+        return flat.index_copy(0, index, piece).reshape(whole.shape)
+
+    # Where both fail, the verdict on the problem as posed stands.
+    return merged(found, found.zip_with(spread, again))
+
+
+def _by_scipy(dare: Dare, rtol: float) -> Found:
+    """Return SciPy's solutions, judged as any other; NaN where it raises."""
+    A, B, Q, R, M = (X.to("cpu", torch.float64) for X in dare.dense())
+    P = torch.full_like(A, float("nan"))
+    broken = torch.full(A.shape[:-2], int(DareResult.NONE))
+    for i in np.ndindex(A.shape[:-2]):
+        try:
+            arrays = (X[i].numpy() for X in (A, B, Q, R))
+            P[i] = torch.as_tensor(solve_discrete_are(*arrays, s=M[i].mT.numpy()))
+            broken[i] = 0
+        except (LinAlgError, ValueError):  # no solution, or not finite
+            continue
+    P, broken = P.to(dare.A), broken.to(dare.A.device)
+    return judge(dare, sym(P), torch.zeros_like(broken), broken, rtol)
+
+
+class _Dare(torch.autograd.Function):
+    """(R1) forward, by any algorithm; its derivatives (R9), (R10) know only P and K."""
+
+    @staticmethod
+    def forward(
+        A: Tensor,
+        B: Tensor,
+        Q: Tensor,
+        R: Tensor | InputCost,
+        M: Tensor,
+        P0: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor, ...]:
+        # Raised here: under torch.vmap only this sees which elements failed.
+        found = _solve(_symmetric_dare(A, B, Q, R, M), P0, options)
+        if options.throw:
+            found.raise_if_failed()
+        return (found.P, found.K, found.closed_loop_radius, found.residual, found.iterations,
+                found.result)  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        A, B, _, R, M, _, _ = inputs
+        P, K, *certificate = output
+        ctx.mark_non_differentiable(*certificate)
+        ctx.set_materialize_grads(False)
+        ctx.dtype, ctx.out_dtype = A.dtype, P.dtype
+        R = R.dense() if isinstance(R, InputCost) else R
+        ctx.save_for_backward(A, B, R, M, P, K)
+        ctx.save_for_forward(A, B, R, M, P, K)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
+        A, B, R, _, P, K = _same_dtype(ctx.saved_tensors)
+        P_bar, K_bar = (None if X is None else X.to(A.dtype) for X in cotangents[:2])
+        if P_bar is None and K_bar is None:
+            return (None,) * 7
+        A_cl = A - B @ K
+        right = torch.zeros_like(P) if P_bar is None else P_bar
+        W = torch.zeros_like(K)
+        if K_bar is not None:
+            W = torch.linalg.solve(R + B.mT @ P @ B, K_bar)
+            right = right + B @ W @ A_cl.mT
+        Y = solve_stein(A_cl.mT, sym(right), throw=False).X  # (R10)
+        KY = K @ Y
+        A_bar = 2 * P @ A_cl @ Y + P @ B @ W
+        B_bar = P @ A_cl @ W.mT - A_bar @ K.mT
+        grads = (A_bar, B_bar, Y, KY @ K.mT - sym(W @ K.mT), W - 2 * KY)
+        wanted = zip(grads, ctx.needs_input_grad, strict=False)
+        return *(X.to(ctx.dtype) if need else None for X, need in wanted), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple:
+        A, B, R, M, P, K = _same_dtype(ctx.saved_tensors)
+        dA, dB, dQ, dR, dM = (
+            torch.zeros_like(X) if dX is None else dX.to(A.dtype)
+            for X, dX in zip((A, B, A, R, M), tangents[:5], strict=True)
+        )
+        A_cl, dR = A - B @ K, sym(dR)
+        drive = dA - dB @ K
+        T, dMK = A_cl.mT @ P @ drive, dM.mT @ K
+        right = sym(dQ) - dMK - dMK.mT + K.mT @ dR @ K + T + T.mT
+        dP = solve_stein(A_cl, right, throw=False).X  # (R9)
+        mixed = dM - dR @ K + dB.mT @ P @ A_cl + B.mT @ P @ drive + B.mT @ dP @ A_cl
+        dK = torch.linalg.solve(R + B.mT @ P @ B, mixed)
+        return dP.to(ctx.out_dtype), dK.to(ctx.out_dtype), None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
+        *tensors, options = inputs
+        moved = (
+            batch_first(X, dim, info.batch_size) if isinstance(X, Tensor) else X
+            for X, dim in zip(tensors, in_dims, strict=False)
+        )
+        return _Dare.apply(*moved, options), (0,) * 6
 
 
 def _checked(
-    A: Tensor, B: Tensor, Q: Tensor, R: Tensor | InputCost, M: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, InputCost, Tensor]:
+    A: Tensor,
+    B: Tensor,
+    Q: Tensor,
+    R: Tensor | InputCost,
+    M: Tensor | None,
+    P0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | InputCost, Tensor]:
+    """Check everything but the values."""
     if not isinstance(B, Tensor) or B.dim() < 2:
         got = str(tuple(B.shape)) if isinstance(B, Tensor) else type(B).__name__
         raise ValueError(f"B must be a tensor of shape (*batch, n, m), got {got}.")
@@ -360,7 +395,7 @@ def _checked(
         "Q": (Q, (*batch, n, n)),
         "R": (R, (*batch, m, m)),
         "M": (M, (*batch, m, n)),
-    }
+    } | ({} if P0 is None else {"P0": (P0, (*batch, n, n))})
     for name, (X, shape) in expected.items():
         right_type = isinstance(X, (Tensor, InputCost) if name == "R" else Tensor)
         if not right_type or X.shape != shape:
@@ -372,28 +407,28 @@ def _checked(
             raise ValueError(
                 f"{name} must be {B.dtype} on {B.device} like B, got {X.dtype} on {X.device}."
             )
+    return A, B, Q, R, M
+
+
+def _symmetric_dare(A: Tensor, B: Tensor, Q: Tensor, R: Tensor | InputCost, M: Tensor) -> Dare:
     Q = _symmetric("Q", Q)
-    if not isinstance(R, InputCost):
-        return A, B, Q, InputCost.of(_symmetric("R", R)), M
-    return A, B, Q, replace(R, block=_symmetric("R", R.block)), M
+    if isinstance(R, InputCost):
+        return Dare(A, B, Q, replace(R, block=_symmetric("R", R.block)), M)
+    return Dare(A, B, Q, InputCost.of(_symmetric("R", R)), M)
 
 
 def _symmetric(name: str, X: Tensor) -> Tensor:
-    if (_norm(X - X.mT) > torch.finfo(X.dtype).eps ** 0.5 * _norm(X)).any():
+    if (norm(X - X.mT) > torch.finfo(X.dtype).eps ** 0.5 * norm(X)).any():
         raise ValueError(f"{name} must be symmetric.")
-    return _sym(X)
+    return sym(X)
 
 
-def _sym(X: Tensor) -> Tensor:
-    return (X + X.mT) / 2
+def _rounding(dare: Dare) -> float:
+    """Return the residual that rounding alone explains."""
+    return 100 * torch.finfo(dare.A.dtype).eps
 
 
-def _norm(X: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(X)
-
-
-def _largest(X: Tensor) -> Tensor:
-    """Return the largest magnitude in X (*batch, i, j); NaN and inf come through."""
-    if X.numel() == 0:
-        return X.new_zeros(X.shape[:-2])
-    return torch.linalg.vector_norm(X, float("inf"), dim=(-2, -1))
+def _same_dtype(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the tensors in the widest of their types: P and K may be float64 by `out_dtype`."""
+    dtype = max((X.dtype for X in tensors), key=lambda d: torch.finfo(d).bits)
+    return tuple(X.to(dtype) for X in tensors)

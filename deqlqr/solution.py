@@ -50,6 +50,15 @@ class DareResult(ResultCode):
     )
 
 
+class SteinResult(ResultCode):
+    """Outcome of one Stein equation."""
+
+    SOLVED = 0, "X solves the equation and the spectral radius of A is below 1."
+    UNSTABLE = 1, "The spectral radius of A is not below 1."
+    NOT_CONVERGED = 2, "Not converged within `max_steps`: the spectral radius of A is close to 1."
+    NON_FINITE = 3, "A or Q holds inf or NaN, or X overflows."
+
+
 class ConvergenceError(RuntimeError):
     """A solve failed for at least one batch element and the caller asked to raise.
 

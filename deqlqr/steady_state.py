@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deqlqr._linalg import lu_factor
+from deqlqr.dare import Dare, DirectGain
 from deqlqr.input_cost import InputCost
 from deqlqr.lqr import LQR
-from deqlqr.riccati import DareSolution, lu_factor, solve_dare
+from deqlqr.riccati import DareSolution, solve_dare
 from deqlqr.solution import ConvergenceError
 
 
@@ -69,7 +71,8 @@ def steady_state(lqr: LQR, dare: DareSolution | None = None) -> SteadyState:
     loop = lu_factor(torch.eye(lqr.n, dtype=A.dtype, device=A.device) - (A - B @ K))
     cost = lqr.a[..., None] - K.mT @ lqr.b[..., None]
     lam = loop.solve(cost, adjoint=True)  # (R2)
-    drive = dare.gain.solve(lqr.b[..., None] + B.mT @ lam)
+    gain = dare.gain or DirectGain.of(Dare(A, B, lqr.Q, InputCost.of(lqr.R), lqr.M), dare.P)
+    drive = gain.solve(lqr.b[..., None] + B.mT @ lam)
     x = loop.solve(-(B @ drive))
     u = -(K @ x) - drive  # (R3)
     _require_regular("steady state", u, loop.info)

@@ -145,7 +145,7 @@ def test_giving_up_leaves_the_parameters_bit_for_bit(monkeypatch):
 
 def test_failed_linear_algebra_is_rejected_and_damped(monkeypatch):
     model, opt, x, y = fresh()
-    solve = deqlqr.optim.solve_dare
+    solve = deqlqr.optim.factored_dare
     calls = []
 
     def first_fails(*args, **options):
@@ -155,7 +155,7 @@ def test_failed_linear_algebra_is_rejected_and_damped(monkeypatch):
             object.__setattr__(dare, "result", torch.tensor(int(DareResult.NONE)))
         return dare
 
-    monkeypatch.setattr(deqlqr.optim, "solve_dare", first_fails)
+    monkeypatch.setattr(deqlqr.optim, "factored_dare", first_fails)
     opt.step(x, y)
     assert opt.last_step.accepted and opt.last_step.damping == pytest.approx(1.0)
     assert "NONE" in opt.last_step.rejections[0]

@@ -1,5 +1,8 @@
 """Tests for `deqlqr/riccati.py`, `deqlqr/lqr.py` and `deqlqr/steady_state.py`."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -94,15 +97,12 @@ def test_every_failure_has_its_code_and_leaves_the_others_exact():
     A[2], B[2], Q[2], R[2], M[2] = NONE.A, NONE.B, NONE.Q, NONE.R, NONE.M
     Q[3, 0, 0] = float("nan")
     dare = solve_dare(A, B, Q, R, M, throw=False)
-    codes = [DareResult(c) for c in dare.result.tolist()]
-    assert codes[0] == codes[4] == DareResult.STABILISING
-    assert codes[1] in (DareResult.NONE, DareResult.NON_FINITE, DareResult.NOT_CONVERGED)
-    assert codes[2] in (DareResult.NONE, DareResult.NON_FINITE, DareResult.NOT_CONVERGED)
-    assert codes[3] == DareResult.NON_FINITE
+    good, none = DareResult.STABILISING, DareResult.NONE
+    assert dare.result.tolist() == [good, none, none, DareResult.NON_FINITE, good]
     assert dare.P[1:4].isnan().all() and dare.K[1:4].isnan().all()
     for i in (0, 4):
         alone = solve_dare(A[i], B[i], Q[i], R[i], M[i])
-        torch.testing.assert_close(dare.P[i], alone.P, rtol=1e-12, atol=1e-14)
+        assert torch.equal(dare.P[i], alone.P) and torch.equal(dare.K[i], alone.K)
     with pytest.raises(ConvergenceError, match=r"3 of 5 batch elements failed \(elements 1, 2, 3"):
         solve_dare(A, B, Q, R, M)
 
@@ -117,6 +117,142 @@ def test_uncontrolled_mode_on_the_unit_circle_is_no_stabilising_solution():
 def test_too_few_steps_is_a_failure_not_an_answer():
     dare = solve(make_lqr(5, 2, rho=1.2), solver=Doubling(max_steps=1), throw=False)
     assert dare.result == DareResult.NOT_CONVERGED and dare.P.isnan().all()
+
+
+CASES = json.loads((Path(__file__).parent / "data" / "dare.json").read_text())
+
+
+def matrices(case):
+    A, B, Q, R = (torch.tensor(case[k], dtype=torch.float64) for k in "ABQR")
+    S = case["S"]
+    M = B.new_zeros(B.mT.shape) if S is None else torch.tensor(S, dtype=torch.float64).mT
+    return A, B, (Q + Q.mT) / 2, (R + R.mT) / 2, M
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_cases_of_the_literature_alone_and_inside_a_batch_of_good_problems(case):
+    problem = matrices(case)
+    n, m = problem[1].shape
+    good = make_lqr(n, m, (2,), rho=1.1)
+    beside = [torch.stack([X[0], Y, X[1]]) for X, Y in
+              zip((good.A, good.B, good.Q, good.R, good.M), problem, strict=True)]  # fmt: skip
+    batch = solve_dare(*beside, throw=False)
+    assert batch.stabilising[0] and batch.stabilising[2]
+    for dare in (solve_dare(*problem, throw=False), batch):
+        result = int(dare.result if dare is not batch else dare.result[1])
+        P = dare.P if dare is not batch else dare.P[1]
+        if case["expect"] == "stabilizing":
+            assert result == DareResult.STABILISING
+            exact = torch.tensor(case["P"], dtype=torch.float64)
+            assert (P - exact).norm() <= 1e-9 * exact.norm()
+        else:
+            code = {"none": DareResult.NONE, "boundary": DareResult.BOUNDARY}[case["expect"]]
+            assert result == code and P.isnan().all()
+
+
+def near_the_circle(eps, n=8):
+    """A orthogonal, B = R = I, Q = eps^2 I: P = p I with p^2 - eps^2 p - eps^2 = 0."""
+    A, _ = torch.linalg.qr(randn(n, n))
+    eye = torch.eye(n, dtype=torch.float64)
+    p = (eps**2 + (eps**4 + 4 * eps**2) ** 0.5) / 2
+    return (A, eye, eps**2 * eye, eye), p * eye
+
+
+@pytest.mark.parametrize("eps, tolerance", [(1e-2, 1e-13), (5e-5, 1e-11), (1e-6, 1e-9)])
+@pytest.mark.parametrize("polish", [None, True])
+def test_closed_loops_near_the_unit_circle(eps, tolerance, polish):
+    problem, exact = near_the_circle(eps)
+    dare = solve_dare(*problem, solver=Doubling(polish=polish))
+    assert (dare.P - exact).norm() < tolerance * exact.norm()
+    assert 1 - dare.closed_loop_radius == pytest.approx(eps, rel=0.02)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e3, 1e6])
+def test_states_in_other_units_give_the_same_gain(scale):
+    lqr = make_lqr(4, 2, rho=1.1)
+    T = torch.diag(torch.tensor([1.0, scale, 1.0, scale**0.5], dtype=torch.float64))
+    inverse = torch.diag(1 / T.diagonal())
+    plain = solve(lqr)
+    scaled = solve_dare(
+        T @ lqr.A @ inverse, T @ lqr.B, inverse @ lqr.Q @ inverse, lqr.R, lqr.M @ inverse
+    )
+    assert relative(scaled.K @ T, plain.K) < 1e-6
+    assert scaled.closed_loop_radius == pytest.approx(float(plain.closed_loop_radius), rel=1e-2)
+
+
+@pytest.mark.parametrize("batch, n, m", [((0,), 3, 2), ((2, 0), 3, 2), ((2,), 0, 2), ((), 0, 1)])
+def test_empty_problems_have_empty_solutions(batch, n, m):
+    zeros = lambda *shape: torch.zeros(*batch, *shape, dtype=torch.float64)
+    R = zeros(m, m) + torch.eye(m).double()
+    dare = solve_dare(zeros(n, n), zeros(n, m), zeros(n, n), R)
+    assert dare.P.shape == (*batch, n, n) and dare.K.shape == (*batch, m, n)
+    assert dare.result.shape == batch
+
+
+@pytest.mark.parametrize("rho", [0.9, 1.2])
+def test_float32_is_refined_to_the_digits_of_float64(rho):
+    lqr = make_lqr(12, 5, (3,), rho=rho).to(torch.float32)
+    exact = solve(lqr.to(torch.float64)).P
+    errors = []
+    for steps in (0, 1, 2):
+        dare = solve(lqr, solver=Doubling(refine=steps), out_dtype=torch.float64)
+        assert dare.P.dtype == torch.float64 and dare.stabilising.all()
+        errors.append(relative(dare.P, exact))
+    assert errors[0] > 1e-9 > 1e-12 > errors[2] and errors[1] < errors[0] / 100
+    rounded = solve(lqr)
+    assert rounded.P.dtype == torch.float32
+    assert relative(rounded.P.double(), exact) < 2 * torch.finfo(torch.float32).eps
+
+
+def test_float32_that_cannot_be_refined_is_a_failure_not_an_answer():
+    problem, _ = near_the_circle(1e-4)  # float32 cannot tell this closed loop from the circle
+    dare = solve_dare(*(X.float() for X in problem), throw=False)
+    assert dare.result != 0 and dare.P.isnan().all()
+
+
+def test_polish_lowers_a_residual_and_keeps_nothing_that_does_not():
+    lqr = make_lqr(6, 3, (4,), rho=1.1)
+    rough = solve(lqr, solver=Doubling(rtol=1e-2, max_steps=4, polish=False), throw=False)
+    polished = solve(lqr, solver=Doubling(rtol=1e-2, max_steps=4, polish=True), throw=False)
+    assert (polished.residual <= rough.residual).all()
+    assert (polished.residual < rough.residual / 100).any()
+    best = solve(lqr)
+    again = solve(lqr, solver=Doubling(polish=True))
+    assert (again.residual <= best.residual).all()
+
+
+def test_a_warm_start_takes_newton_steps_and_falls_back_where_the_old_gain_fails():
+    lqr = make_lqr(6, 3, (4,), rho=1.2)
+    start = solve(lqr).P
+    start[2] = 0.0  # its gain leaves an unstable A as it is
+    A = lqr.A + 1e-3 * randn(4, 6, 6, seed=7)
+    warm = solve_dare(A, lqr.B, lqr.Q, lqr.R, lqr.M, P0=start)
+    cold = solve_dare(A, lqr.B, lqr.Q, lqr.R, lqr.M)
+    assert relative(warm.P, cold.P) < 1e-12 and (warm.residual < 1e-12).all()
+    assert (warm.iterations[[0, 1, 3]] <= 4).all() and warm.iterations[2] == cold.iterations[2]
+    nan = solve_dare(A, lqr.B, lqr.Q, lqr.R, lqr.M, P0=start * float("nan"))
+    assert relative(nan.P, cold.P) < 1e-12
+    with pytest.raises(ValueError, match=r"P0 must have shape \(4, 6, 6\)"):
+        solve_dare(A, lqr.B, lqr.Q, lqr.R, lqr.M, P0=start[0])
+
+
+def test_scipy_as_a_method_is_certified_like_the_other():
+    lqr = make_lqr(5, 2, (3,), rho=1.2)
+    lqr.Q[1, 0, 0] = float("nan")
+    by_scipy = solve(lqr, method="scipy", throw=False)
+    ours = solve(lqr, throw=False)
+    assert by_scipy.result.tolist() == ours.result.tolist() == [0, DareResult.NON_FINITE, 0]
+    assert relative(by_scipy.P[[0, 2]], ours.P[[0, 2]]) < 1e-9
+    none = solve_dare(NONE.A, NONE.B, NONE.Q, NONE.R, NONE.M, method="scipy", throw=False)
+    assert none.result != 0 and none.P.isnan().all()  # SciPy returns a matrix all the same
+
+
+def test_unknown_options_are_refused():
+    lqr = make_lqr(3, 2)
+    with pytest.raises(ValueError, match="method must be one of.*'qz'"):
+        solve(lqr, method="qz")
+    with pytest.raises(ValueError, match="out_dtype must be"):
+        solve(lqr, out_dtype=torch.float16)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""Small pieces of linear algebra on batches of matrices, shared by the solvers."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LUFactor(NamedTuple):
+    """LU factors of a batch of square matrices, and whether each is singular."""
+
+    LU: Tensor
+    pivots: Tensor
+    info: Tensor
+
+    def solve(self, right: Tensor, *, adjoint: bool = False) -> Tensor:
+        """Return X^-1 right (*batch, n, k), or X^-T right."""
+        return torch.linalg.lu_solve(self.LU, self.pivots, right, adjoint=adjoint)
+
+
+def lu_factor(X: Tensor) -> LUFactor:
+    """Return the LU factors of X (*batch, n, n); a singular one is marked, not raised."""
+    return LUFactor(*torch.linalg.lu_factor_ex(X))
+
+
+def identity_like(X: Tensor) -> Tensor:
+    """Return the n x n identity for X (*batch, n, n)."""
+    return torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+
+
+def sym(X: Tensor) -> Tensor:
+    """Return the symmetric part of X."""
+    return (X + X.mT) / 2
+
+
+def norm(X: Tensor) -> Tensor:
+    """Return the Frobenius norm of X (*batch, i, j)."""
+    return torch.linalg.matrix_norm(X)
+
+
+def is_finite(X: Tensor) -> Tensor:
+    """Return per batch element whether X (*batch, i, j) is finite, in one pass."""
+    if X.shape[-1] * X.shape[-2] == 0:
+        return torch.ones(X.shape[:-2], dtype=torch.bool, device=X.device)
+    return torch.linalg.vector_norm(X, float("inf"), dim=(-2, -1)).isfinite()
+
+
+def relative(error: Tensor, *terms: Tensor) -> Tensor:
+    """Return the norm of an equation's error over that of its largest term."""
+    scale = torch.stack([norm(term) for term in terms]).amax(0)
+    return norm(error) / scale.clamp(min=torch.finfo(error.dtype).tiny)
+
+
+def times(X: Tensor, Y: Tensor) -> Tensor:
+    """Return X Y; rows of Y that are zero, as most of M in a training step, cost nothing."""
+    rows = (Y != 0).any(-1).reshape(-1, Y.shape[-2]).any(0).nonzero()[:, 0]
+    if 2 * len(rows) > Y.shape[-2]:
+        return X @ Y
+    return X[..., rows] @ Y[..., rows, :]
+
+
+def batch_first(X: Tensor, dim: int | None, size: int) -> Tensor:
+    """Return X with the dimension that `torch.vmap` maps over in front."""
+    return X.expand(size, *X.shape) if dim is None else X.movedim(dim, 0)

@@ -1,0 +1,242 @@
+"""The discrete algebraic Riccati equation (DARE): its gain, its defect, and how P is judged.
+
+Shapes: A (*batch, n, n), B (*batch, n, m), Q and P (*batch, n, n), R (*batch, m, m),
+M and K (*batch, m, n).
+
+    (R1)  P = A'PA + Q - (M + B'PA)' K,   K = (R + B'PB)^-1 (M + B'PA),   A_cl = A - B K
+          that is  P = A'P A_cl + Q - M'K,   R K = M + B'P A_cl
+    (R4)  A_0 = A - B R^-1 M,   G_0 = B R^-1 B',   H_0 = Q - M' R^-1 M
+    (R7)  K = R^-1 M + R^-1 B' (I + P G_0)^-1 P A_0
+          (R + B'PB)^-1 r = R^-1 r - R^-1 B' (I + P G_0)^-1 P B R^-1 r
+
+(R7) is (R1)'s gain by the matrix inversion lemma: R is factorised once and everything after it is
+n x n, which pays where controls outnumber states.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from deqlqr._linalg import (
+    LUFactor,
+    identity_like,
+    is_finite,
+    lu_factor,
+    norm,
+    relative,
+    sym,
+    times,
+)
+from deqlqr.input_cost import InputCost, InputCostFactor
+from deqlqr.solution import DareResult
+
+
+class Dare(NamedTuple):
+    """The coefficients of (R1)."""
+
+    A: Tensor
+    B: Tensor
+    Q: Tensor
+    R: InputCost
+    M: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Dare":
+        """Return the equation in another dtype."""
+        A, B, Q, R, M = self
+        return Dare(A.to(dtype), B.to(dtype), Q.to(dtype), R.to(dtype), M.to(dtype))
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return A, B, Q, R, M with R as a matrix."""
+        return self.A, self.B, self.Q, self.R.dense(), self.M
+
+    def pick(self, index: Tensor) -> "Dare":
+        """Return the equations of the flattened batch at `index`, with one batch dimension."""
+        A, B, Q, R, M = self
+        batch = A.dim() - 2
+        size = math.prod(A.shape[:batch])
+        flat = lambda X: X.reshape(size, *X.shape[batch:])[index]
+        R = InputCost(flat(R.diagonal), R.coupled, flat(R.block))
+        return Dare(flat(A), flat(B), flat(Q), R, flat(M))
+
+    def shifted(self, alpha: Tensor) -> "Dare":
+        """Return the equation of D = P - alpha I, alpha (*batch,): (R6) in `doubling`."""
+        A, B, Q, R, M = self
+        shift = alpha[..., None, None]
+        eye = identity_like(A)
+        R_shifted = InputCost.of(R.dense() + shift * (B.mT @ B))
+        return Dare(A, B, Q + shift * (A.mT @ A - eye), R_shifted, M + shift * (B.mT @ A))
+
+    def is_finite(self) -> Tensor:
+        """Return per batch element whether all coefficients are finite."""
+        tensors = (self.A, self.B, self.Q, self.R.block, self.M, self.R.diagonal[..., None])
+        return torch.stack([is_finite(X) for X in tensors]).all(0)
+
+
+class Gain(Protocol):
+    """K of (R1), and what solves with R + B'PB."""
+
+    @property
+    def K(self) -> Tensor:
+        """K `(*batch, m, n)`."""
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return (R + B'PB)^-1 right (*batch, m, k)."""
+
+
+@dataclass(frozen=True)
+class DirectGain:
+    """(R1) through the LU factors of R + B'PB."""
+
+    K: Tensor
+    factor: LUFactor
+
+    @staticmethod
+    def of(dare: Dare, P: Tensor) -> "DirectGain":
+        """Return the gain that belongs to P."""
+        A, B, _, R, M = dare
+        PB = P @ B
+        factor = lu_factor(sym(R.dense() + B.mT @ PB))
+        return DirectGain(factor.solve(M + PB.mT @ A), factor)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return (R + B'PB)^-1 right (*batch, m, k)."""
+        return self.factor.solve(right)
+
+
+@dataclass(frozen=True)
+class Eliminated:
+    """A DARE with its input cost eliminated (R4), and what led there."""
+
+    A: Tensor
+    G: Tensor
+    H: Tensor
+    cost: InputCostFactor
+    RB: Tensor  # R^-1 B'
+    RM: Tensor  # R^-1 M
+
+    @staticmethod
+    def of(dare: Dare) -> "Eliminated":
+        """Eliminate; where R is singular the result is not finite."""
+        A, B, Q, R, M = dare
+        cost = R.factorise()
+        solved = cost.solve(torch.cat([B.mT, M], dim=-1))
+        RB, RM = solved[..., : A.shape[-1]], solved[..., A.shape[-1] :]
+        A_0, H_0 = A - times(B, RM), sym(Q - times(M.mT, RM))
+        return Eliminated(A_0, sym(B @ RB), H_0, cost, RB, RM)  # (R4)
+
+
+@dataclass(frozen=True)
+class EliminatedGain:
+    """(R1) through (R7)."""
+
+    K: Tensor
+    B: Tensor
+    P: Tensor
+    eliminated: Eliminated
+    loop: LUFactor  # of I + P G_0
+
+    @staticmethod
+    def of(dare: Dare, P: Tensor, eliminated: Eliminated) -> "EliminatedGain":
+        """Return the gain that belongs to P."""
+        loop = lu_factor(identity_like(P) + P @ eliminated.G)
+        K = eliminated.RM + eliminated.RB @ loop.solve(P @ eliminated.A)  # (R7)
+        return EliminatedGain(K, dare.B, P, eliminated, loop)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return (R + B'PB)^-1 right (*batch, m, k) (R7)."""
+        solved = self.eliminated.cost.solve(right)
+        return solved - self.eliminated.RB @ self.loop.solve(self.P @ (self.B @ solved))
+
+
+def gain_of(dare: Dare, P: Tensor, eliminated: Eliminated | None = None) -> Gain:
+    """Return the gain that belongs to P, by the cheaper of the two ways."""
+    n, m = dare.B.shape[-2:]
+    if eliminated is None or m <= 2 * n or bool(eliminated.cost.singular.any()):
+        return DirectGain.of(dare, P)
+    return EliminatedGain.of(dare, P, eliminated)
+
+
+class Certificate(NamedTuple):
+    """What is known of a P: see `DareSolution` for the fields."""
+
+    A_cl: Tensor
+    defect: Tensor  # right side less left side of (R1), (*batch, n, n)
+    closed_loop_radius: Tensor
+    residual: Tensor
+    result: Tensor
+
+
+def certify(dare: Dare, P: Tensor, K: Tensor, broken: Tensor, rtol: float) -> Certificate:
+    """Judge P and K on (R1) and on the closed loop; how they were found does not matter.
+
+    Args:
+        dare: The equation.
+        P: Candidate `(*batch, n, n)`.
+        K: Its gain `(*batch, m, n)`.
+        broken: 0, or the `DareResult` code with which the algorithm gave up, `(*batch,)`.
+        rtol: Largest residual accepted.
+
+    Returns:
+        A `Certificate`.
+    """
+    A, B, Q, R, M = dare
+    A_cl = A - B @ K
+    PA = P @ A_cl
+    APA, BPA, RK, MK = A.mT @ PA, B.mT @ PA, R @ K, times(K.mT, M).mT
+    defect = APA + Q - MK - P
+    # Below the size of M + B'PA the second equation's terms are rounding only. That size is at
+    # least |(M + B'PA)'K| / |K|, which needs no further product of m rows.
+    mixed_K = MK + A.mT @ (P @ A) - APA
+    tiny = torch.finfo(P.dtype).tiny
+    scale = torch.stack([norm(RK), norm(M), norm(BPA), norm(mixed_K) / norm(K).clamp(min=tiny)])
+    residual = torch.maximum(
+        relative(defect, P, APA, Q, MK), norm(RK - M - BPA) / scale.amax(0).clamp(min=tiny)
+    )
+    radius = spectral_radius(A_cl, atol=1e-3)
+    if (radius > 0.9).any():  # the bound must not be what keeps a stable loop from passing
+        radius = spectral_radius(A_cl, squarings=26)
+    edge = 10 * torch.finfo(P.dtype).eps ** 0.5
+    solves = (residual <= rtol) & (broken != DareResult.NONE)
+    result = torch.where(broken != 0, broken, DareResult.NOT_CONVERGED)
+    result = torch.where(solves & (radius >= 1), DareResult.NONE, result)
+    result = torch.where(solves & ((radius - 1).abs() <= edge), DareResult.BOUNDARY, result)
+    result = torch.where(solves & (radius < 1 - edge), DareResult.STABILISING, result)
+    result = torch.where(dare.is_finite(), result, DareResult.NON_FINITE)
+    return Certificate(A_cl, defect, radius, residual, result)
+
+
+def spectral_radius(A: Tensor, squarings: int = 12, atol: float = 0.0) -> Tensor:
+    """Return the spectral radius of A (*batch, n, n) from above, by repeated squaring.
+
+    By Gelfand's formula rho(A) <= ||A^k||_F^(1/k) for every k; here k = 2^squarings, which is
+    tight to a relative error of about log(n cond)/k. Products only, so it stays on the device;
+    a value below 1 certifies stability. Returns NaN for a matrix that holds NaN or inf.
+
+    Args:
+        A: `(*batch, n, n)`.
+        squarings: Most squarings.
+        atol: Stop (on the CPU) once a squaring lowers no element's bound by more than this.
+
+    Example:
+        >>> float(spectral_radius(torch.diag(torch.tensor([0.5, -0.9])))) - 0.9 < 1e-3
+        True
+    """
+    tiny = torch.finfo(A.dtype).tiny
+    size = norm(A)
+    log_bound = size.clamp(min=tiny).log()
+    for k in range(1, squarings + 1):
+        # A^(2^k) is exp(2^k log_bound) times a matrix of norm 1, squared here without overflow.
+        A = A / size.clamp(min=tiny)[..., None, None]
+        A = A @ A
+        size = norm(A)
+        before, log_bound = log_bound, log_bound + size.clamp(min=tiny).log() / 2**k
+        if (
+            atol > 0
+            and A.device.type == "cpu"
+            and not (before.exp() - log_bound.exp() > atol).any()
+        ):
+            break
+    return torch.where(log_bound.isnan() | size.isnan(), float("nan"), log_bound.exp())
