@@ -1,4 +1,4 @@
-"""The command line: `deqlqr train`, `deqlqr check`, `deqlqr reproduce`."""
+"""The command line: `deqlqr train`, `check`, `reproduce` and `bench`."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import deqlqr
+from deqlqr.bench import BATCHES, SINGLES, bench_dare, table, to_dict
 from deqlqr.data import DATASETS, load_data
 from deqlqr.equivalence import check_equivalence
 from deqlqr.models import MODELS, make_model
@@ -176,6 +177,40 @@ def reproduce_command(figure: str, data_root: Path, out: Path, steps: int) -> No
     each learning rate of a grid, on MNIST with the toy convolutional block, batches of 64.
     """
     click.echo(reproduce(figure, data_root, out, steps))
+
+
+@main.group()
+def bench() -> None:
+    """Measure against the peers."""
+
+
+@bench.command("dare", context_settings={"show_default": True})
+@click.option("--batch", type=click.IntRange(1), multiple=True, help="Problems in a call; repeat "
+              "for several. Given with --n instead of the usual sizes.")  # fmt: skip
+@click.option("--n", type=click.IntRange(1), multiple=True, help="States, one for each --batch.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
+              help="auto measures on the CPU, and on CUDA where there is one.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each row.")
+@_reported
+def bench_dare_command(
+    batch: tuple[int, ...], n: tuple[int, ...], device: str, as_json: bool
+) -> None:
+    """Time solve_dare beside scipy.linalg.solve_discrete_are and, with slycot, SLICOT's sb02od.
+
+    float64, one CPU thread, m = n / 2 inputs. The usual sizes take some minutes.
+    """
+    sizes = _sizes(batch, n)
+    devices = ["cpu", "cuda"] if device == "auto" and torch.cuda.is_available() else [device]
+    for name in devices:
+        rows = bench_dare(sizes, _device("cpu" if name == "auto" else name).type)
+        for line in (json.dumps(to_dict(r)) for r in rows) if as_json else table(rows):
+            click.echo(line)
+
+
+def _sizes(batch: tuple[int, ...], n: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    if len(batch) != len(n):
+        raise ValueError(f"n must be given once for each batch, got {len(n)} and {len(batch)}.")
+    return tuple(zip(batch, n, strict=True)) or BATCHES + SINGLES
 
 
 _LR = {"ingd": _DEFAULT.lr, "gd": 0.3, "sgd": 0.1, "adam": 0.01}

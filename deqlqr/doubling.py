@@ -49,35 +49,43 @@ def shift_of(dare: Dare) -> Tensor:
 
 
 def _double(problem: Eliminated, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    A, G, H = problem.A, problem.G, problem.H
-    n = A.shape[-1]
-    eye = identity_like(A)
+    # T = A' and W' = I + H G are what is stored: LAPACK, which counts by columns, then takes them
+    # without a copy. G and H are symmetric; H is made so once, at the end.
+    T, G, H = problem.A.mT.contiguous(), problem.G, problem.H
+    n = T.shape[-1]
     broken = torch.where(problem.cost.singular, DareResult.NONE, 0).long()
     running = broken == 0
     iterations = torch.zeros_like(broken)
-    change = torch.zeros_like(A[..., 0, 0]) if n else A.new_zeros(A.shape[:-2])
+    stuck = torch.zeros_like(running)
     # The next step would change H by about the square of this one's relative change.
-    floor = torch.finfo(A.dtype).eps ** 0.75
-    check_every = 1 if A.device.type == "cpu" else 3
+    floor = torch.finfo(T.dtype).eps ** 0.75
+    check_every = 1 if T.device.type == "cpu" else 3
     for step in range(max_steps):
-        W_solved, _ = torch.linalg.solve_ex(eye + G @ H, torch.cat([A, G], dim=-1))
-        WA, WG = W_solved[..., :n], W_solved[..., n:]
-        dH = sym(A.mT @ H @ WA)
+        W_transposed = H @ G
+        W_transposed.diagonal(dim1=-2, dim2=-1).add_(1)
+        solved, _ = torch.linalg.solve_ex(W_transposed.mT, torch.cat([T, G], dim=-2).mT)
+        AW, GW = solved.mT[..., :n, :], solved.mT[..., n:, :]  # (W^-1 A)', (W^-1 G)'
+        dH = T @ (AW @ H).mT
         H_next = H + dH  # (R5)
-        size = norm(H_next)
-        change = torch.where(running, norm(dH) / size.clamp(min=torch.finfo(A.dtype).tiny), change)
+        size, change = norm(H_next), norm(dH)
         finite = size.isfinite()
         iterations += running
         # A finite problem whose iterates overflow or break down has P at infinity.
         broken = torch.where(running & ~finite, DareResult.NONE, broken)
         running = running & finite
-        H = torch.where(running[..., None, None], H_next, H)
-        running = running & (change > floor)
+        H = _where(running, H_next, H)
+        # Steps that still change H by much approach no limit: an uncontrolled mode lets P grow.
+        running, stuck = running & (change > floor * size), running & (change > 1e-3 * size)
         if (step + 1) % check_every == 0 and not running.any():
             break
-        keep = running[..., None, None]
-        A_next, G_next = A @ WA, sym(G + A @ WG @ A.mT)  # (R5)
-        A, G = torch.where(keep, A_next, A), torch.where(keep, G_next, G)
-    # Steps that still change H by much do not approach a limit: an uncontrolled mode lets P grow.
-    stuck = torch.where(change > 1e-3, DareResult.NONE, DareResult.NOT_CONVERGED)
-    return H, iterations, torch.where(running, stuck, broken)
+        G_next = G + (GW @ T).mT @ T  # (R5)
+        T, G = _where(running, AW @ T, T), _where(running, G_next, G)
+    unfinished = torch.where(stuck, DareResult.NONE, DareResult.NOT_CONVERGED)
+    return sym(H), iterations, torch.where(running, unfinished, broken)
+
+
+def _where(take: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Return new where `take`, else old: an element that is done must not change any more."""
+    if take.device.type == "cpu" and take.all():
+        return new
+    return torch.where(take[..., None, None], new, old)

@@ -14,6 +14,7 @@ Source: T.-C. Kao, G. Hennequin (2020), Automatic differentiation of Sylvester, 
 algebraic Riccati equations, arXiv:2011.11430.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -185,6 +186,28 @@ class _Options:
     throw: bool
 
 
+def _in_pieces(dare: Dare, P0: Tensor | None, options: _Options) -> DareSolution:
+    """Solve a large batch in pieces that fit a CPU's cache, each with its own number of steps."""
+    *batch, n, m = dare.B.shape
+    size, count = max(16, 2**15 // max(1, n * max(n, m))), math.prod(batch)
+    if count <= size or dare.A.device.type != "cpu":
+        return _solve(dare, P0, options)
+    starts = None if P0 is None else P0.reshape(count, n, n)
+    pieces = [
+        _solve(dare.pick(part), None if starts is None else starts[part], options)
+        for part in torch.arange(count).split(size)
+    ]
+
+    def joined(name: str) -> Tensor:
+        whole = torch.cat([getattr(piece, name) for piece in pieces])
+        return whole.reshape(*batch, *whole.shape[1:])
+
+    return DareSolution(
+        joined("P"), joined("K"), joined("closed_loop_radius"), joined("residual"),
+        joined("iterations"), joined("result"),
+    )  # fmt: skip
+
+
 def _solve(dare: Dare, P0: Tensor | None, options: _Options) -> DareSolution:
     """Solve and certify one batch of equations."""
     solver = options.solver
@@ -311,7 +334,7 @@ class _Dare(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, ...]:
         # Raised here: under torch.vmap only this sees which elements failed.
-        found = _solve(_symmetric_dare(A, B, Q, R, M), P0, options)
+        found = _in_pieces(_symmetric_dare(A, B, Q, R, M), P0, options)
         if options.throw:
             found.raise_if_failed()
         return (found.P, found.K, found.closed_loop_radius, found.residual, found.iterations,

@@ -377,3 +377,16 @@ def test_the_gpu_agrees_with_scipy(dtype):
     dare = solve_dare(*on_gpu)
     assert dare.P.is_cuda
     assert relative(dare.P.double().cpu(), scipy_dare(lqr)) < TOL[dtype]
+
+
+def test_a_batch_larger_than_a_cache_is_solved_in_pieces_without_a_trace():
+    lqr = make_lqr(40, 20, (3, 20), rho=1.05)
+    A, B = lqr.A.clone(), lqr.B.clone()
+    A[1, 2], B[1, 2] = 2 * torch.eye(40), 0.0
+    dare = solve_dare(A, B, lqr.Q, lqr.R, lqr.M, throw=False)
+    assert dare.P.shape == (3, 20, 40, 40) and dare.result.shape == (3, 20)
+    assert dare.result.nonzero().tolist() == [[1, 2]]
+    alone = solve_dare(A[2, 19], B[2, 19], lqr.Q[2, 19], lqr.R[2, 19], lqr.M[2, 19])
+    assert relative(dare.P[2, 19], alone.P) < 1e-12
+    warm = solve_dare(A, B, lqr.Q, lqr.R, lqr.M, P0=dare.P, throw=False)
+    assert relative(warm.P[2], dare.P[2]) < 1e-12 and warm.iterations[2].max() <= 1

@@ -1,0 +1,40 @@
+"""Tests for `deqlqr/bench.py` and the command `deqlqr bench dare`. They time nothing."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from deqlqr import bench
+from deqlqr.cli import main
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(bench, "_LEAST_SECONDS", 0.0)
+
+
+def test_every_row_is_measured_and_the_solvers_agree():
+    threads = torch.get_num_threads()
+    rows = list(bench.bench_dare(((3, 4), (1, 6))))
+    assert [(r.batch, r.n, r.m) for r in rows] == [(3, 4, 2), (1, 6, 3)]
+    for r in rows:
+        assert min(r.forward, r.backward, r.scipy) > 0
+        assert max(r.residual, r.scipy_residual, r.difference) < 1e-9
+    assert torch.get_num_threads() == threads
+
+
+def test_the_command_prints_a_table_or_json():
+    sizes = ["--batch", "2", "--n", "4", "--batch", "1", "--n", "5", "--device", "cpu"]
+    shown = CliRunner().invoke(main, ["bench", "dare", *sizes])
+    assert shown.exit_code == 0 and len(shown.stdout.splitlines()) == 4
+    assert "scipy" in shown.stdout.splitlines()[0]
+    result = CliRunner().invoke(main, ["bench", "dare", *sizes, "--json"])
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["n"] for row in rows] == [4, 5] and rows[0]["forward"] > 0
+
+
+def test_sizes_that_do_not_pair_are_refused():
+    result = CliRunner().invoke(main, ["bench", "dare", "--batch", "2"])
+    assert result.exit_code == 2 and "n must be given once for each batch" in result.stderr
