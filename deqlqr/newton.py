@@ -57,7 +57,7 @@ def judge(
 ) -> Found:
     """Return a candidate P with its gain and certificate."""
     gain = gain_of(dare, P, eliminated)
-    return Found(P, gain.K, certify(dare, P, gain.K, broken, rtol), iterations, gain)
+    return Found(P, gain.K, certify(dare, P, gain, broken, rtol), iterations, gain)
 
 
 def merged(first: Found, second: Found) -> Found:
@@ -91,6 +91,9 @@ def newton_step(
     stein = solve_stein(A_cl.to(dtype), (sym(defect) / scale).to(dtype), throw=False)
     P = sym(found.P + scale * stein.X.to(defect.dtype))  # (R8)
     new = judge(dare, P, found.iterations + 1, torch.zeros_like(found.iterations), rtol)
+    # A step that does not reach a solution leaves the verdict as it was.
+    result = torch.where(new.stabilising, new.certificate.result, found.certificate.result)
+    new = new._replace(certificate=new.certificate._replace(result=result))
     better = stein.result == SteinResult.SOLVED
     if monotone:
         better = better & (new.certificate.residual < before)
