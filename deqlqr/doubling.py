@@ -20,6 +20,8 @@ from deqlqr._linalg import identity_like, norm, sym
 from deqlqr.dare import Dare, Eliminated
 from deqlqr.solution import DareResult
 
+_LATE = 15
+
 
 class Limit(NamedTuple):
     """What (R5) came to."""
@@ -75,8 +77,10 @@ def _double(problem: Eliminated, max_steps: int) -> tuple[Tensor, Tensor, Tensor
         broken = torch.where(running & ~finite, DareResult.NONE, broken)
         running = running & finite
         H = _where(running, H_next, H)
-        # Steps that still change H by much approach no limit: an uncontrolled mode lets P grow.
-        running, stuck = running & (change > floor * size), running & (change > 1e-3 * size)
+        # Late steps, of 2^step of the recursion's, that still change H by much approach no limit:
+        # a mode that is not controlled lets P grow.
+        stuck = running & (change > 1e-3 * size) & (step >= _LATE)
+        running = running & (change > floor * size)
         if (step + 1) % check_every == 0 and not running.any():
             break
         both = AW_GW @ T
