@@ -52,8 +52,8 @@ class Dare(NamedTuple):
         """Return A, B, Q, R, M with R as a matrix."""
         return self.A, self.B, self.Q, self.R.dense(), self.M
 
-    def pick(self, index: Tensor) -> "Dare":
-        """Return the equations of the flattened batch at `index`, with one batch dimension."""
+    def pick(self, index: Tensor | slice) -> "Dare":
+        """Return equations of the flattened batch, with one batch dimension."""
         A, B, Q, R, M = self
         batch = A.dim() - 2
         size = math.prod(A.shape[:batch])

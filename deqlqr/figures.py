@@ -39,7 +39,7 @@ def plot_accuracy(
     runs: dict[str, list[dict[str, Any]]], path: str | Path, title: str, target: float
 ) -> None:
     """Draw test accuracy by iteration and by seconds, one curve for each named run."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for name, lines in runs.items():
         steps = [line for line in lines if line["kind"] == "step"]
@@ -54,6 +54,6 @@ def plot_accuracy(
     if any(runs.values()):
         right.set_xscale("log")
     left.set(ylabel="test accuracy")
-    left.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)

@@ -189,13 +189,13 @@ class _Options:
 def _in_pieces(dare: Dare, P0: Tensor | None, options: _Options) -> DareSolution:
     """Solve a large batch in pieces that fit a CPU's cache, each with its own number of steps."""
     *batch, n, m = dare.B.shape
-    size, count = max(16, 2**15 // max(1, n * max(n, m))), math.prod(batch)
+    size, count = max(32, 2**16 // max(1, n * max(n, m))), math.prod(batch)
     if count <= size or dare.A.device.type != "cpu":
         return _solve(dare, P0, options)
     starts = None if P0 is None else P0.reshape(count, n, n)
     pieces = [
         _solve(dare.pick(part), None if starts is None else starts[part], options)
-        for part in torch.arange(count).split(size)
+        for part in (slice(i, i + size) for i in range(0, count, size))
     ]
 
     def joined(name: str) -> Tensor:
