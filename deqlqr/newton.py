@@ -62,7 +62,7 @@ def judge(
 
 def merged(first: Found, second: Found) -> Found:
     """Return `second` where it is stabilising and `first` is not, else `first`."""
-    return _where(second.stabilising & ~first.stabilising, second, first)
+    return choose(second.stabilising & ~first.stabilising, second, first)
 
 
 def newton_step(
@@ -97,11 +97,11 @@ def newton_step(
     better = stein.result == SteinResult.SOLVED
     if monotone:
         better = better & (new.certificate.residual < before)
-    return _where(better, new, found), better
+    return choose(better, new, found), better
 
 
-def _where(take: Tensor, a: Found, b: Found) -> Found:
-    """Return a where `take`, else b."""
+def choose(take: Tensor, a: Found, b: Found) -> Found:
+    """Return a in the elements `take`, else b."""
     if take.all():
         return a
     if not take.any():

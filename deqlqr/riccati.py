@@ -28,7 +28,7 @@ from deqlqr._linalg import batch_first, norm, sym
 from deqlqr.dare import Dare, Gain
 from deqlqr.doubling import double, shift_of
 from deqlqr.input_cost import InputCost
-from deqlqr.newton import Found, judge, merged, newton_step
+from deqlqr.newton import Found, choose, judge, merged, newton_step
 from deqlqr.solution import ConvergenceError, DareResult, describe_failures
 from deqlqr.stein import solve_stein
 
@@ -238,7 +238,7 @@ def _by_doubling(dare: Dare, P0: Tensor | None, rtol: float, max_steps: int) -> 
     limit = double(dare, max_steps)
     found = judge(dare, limit.P, limit.iterations, limit.broken, rtol, limit.eliminated)
     if warm is not None:
-        found = merged(warm, found)
+        found = choose(warm.stabilising, warm, found)
     for factor in _SHIFTS:
         wrong = (found.certificate.result != 0) & (
             found.certificate.result != DareResult.NON_FINITE

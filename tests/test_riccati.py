@@ -230,6 +230,9 @@ def test_a_warm_start_takes_newton_steps_and_falls_back_where_the_old_gain_fails
     cold = solve_dare(A, lqr.B, lqr.Q, lqr.R, lqr.M)
     assert relative(warm.P, cold.P) < 1e-12 and (warm.residual < 1e-12).all()
     assert (warm.iterations[[0, 1, 3]] <= 4).all() and warm.iterations[2] == cold.iterations[2]
+    hopeless = solve_dare(*(X[None] for X in (NONE.A, NONE.B, NONE.Q, NONE.R, NONE.M)),
+                          P0=torch.eye(2).double()[None], throw=False)  # fmt: skip
+    assert hopeless.result == DareResult.NONE  # the verdict is the fresh solve's
     nan = solve_dare(A, lqr.B, lqr.Q, lqr.R, lqr.M, P0=start * float("nan"))
     assert relative(nan.P, cold.P) < 1e-12
     with pytest.raises(ValueError, match=r"P0 must have shape \(4, 6, 6\)"):
