@@ -1,6 +1,6 @@
 """Small pieces of linear algebra on batches of matrices, shared by the solvers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,11 +38,16 @@ def norm(X: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(X)
 
 
-def is_finite(X: Tensor) -> Tensor:
-    """Return per batch element whether X (*batch, i, j) is finite, in one pass."""
+def largest(X: Tensor) -> Tensor:
+    """Return the largest magnitude in X (*batch, i, j), in one pass; NaN and inf come through."""
     if X.shape[-1] * X.shape[-2] == 0:
-        return torch.ones(X.shape[:-2], dtype=torch.bool, device=X.device)
-    return torch.linalg.vector_norm(X, float("inf"), dim=(-2, -1)).isfinite()
+        return X.new_zeros(X.shape[:-2])
+    return torch.linalg.vector_norm(X, float("inf"), dim=(-2, -1))
+
+
+def is_finite(X: Tensor) -> Tensor:
+    """Return per batch element whether X (*batch, i, j) is finite."""
+    return largest(X).isfinite()
 
 
 def relative(error: Tensor, *terms: Tensor) -> Tensor:
@@ -59,6 +64,6 @@ def times(X: Tensor, Y: Tensor) -> Tensor:
     return X[..., rows] @ Y[..., rows, :]
 
 
-def batch_first(X: Tensor, dim: int | None, size: int) -> Tensor:
+def batch_first(X: Any, dim: int | None, size: int) -> Any:
     """Return X with the dimension that `torch.vmap` maps over in front."""
     return X.expand(size, *X.shape) if dim is None else X.movedim(dim, 0)

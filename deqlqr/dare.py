@@ -24,6 +24,7 @@ from deqlqr._linalg import (
     LUFactor,
     identity_like,
     is_finite,
+    largest,
     lu_factor,
     norm,
     relative,
@@ -158,12 +159,40 @@ class EliminatedGain:
         return solved - self.eliminated.RB @ self.loop.solve(self.P @ (self.B @ solved))
 
 
+@dataclass(frozen=True)
+class EitherGain:
+    """One of two gains, element by element."""
+
+    take: Tensor  # boolean (*batch,): first, where true
+    first: EliminatedGain
+    second: DirectGain
+    mixed: None = None
+
+    @property
+    def K(self) -> Tensor:
+        """K `(*batch, m, n)`."""
+        return torch.where(self.take[..., None, None], self.first.K, self.second.K)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return (R + B'PB)^-1 right (*batch, m, k)."""
+        both = self.first.solve(right), self.second.solve(right)
+        return torch.where(self.take[..., None, None], *both)
+
+
 def gain_of(dare: Dare, P: Tensor, eliminated: Eliminated | None = None) -> Gain:
-    """Return the gain that belongs to P, by the cheaper of the two ways."""
+    """Return the gain that belongs to P: by (R7) where controls clearly outnumber states.
+
+    There it is not only cheaper: R + B'PB is a small R plus a matrix of rank n, and its
+    factors lose the digits in which K is well determined. Elements whose R is singular go directly.
+    """
     n, m = dare.B.shape[-2:]
-    if eliminated is None or m <= 2 * n or bool(eliminated.cost.singular.any()):
+    if m <= 2 * n:
         return DirectGain.of(dare, P)
-    return EliminatedGain.of(dare, P, eliminated)
+    eliminated = eliminated or Eliminated.of(dare)
+    first = EliminatedGain.of(dare, P, eliminated)
+    if not bool(eliminated.cost.singular.any()):
+        return first
+    return EitherGain(~eliminated.cost.singular, first, DirectGain.of(dare, P))
 
 
 class Certificate(NamedTuple):
@@ -238,6 +267,8 @@ def spectral_radius(A: Tensor, squarings: int = 12, atol: float = 0.0) -> Tensor
         True
     """
     tiny = torch.finfo(A.dtype).tiny
+    top = (largest(A) + tiny)[..., None, None]  # so that no square vanishes or overflows
+    A = A / top
     size = norm(A) + tiny
     bound, sizes = size, [size]
     for k in range(1, squarings + 1):
@@ -250,6 +281,6 @@ def spectral_radius(A: Tensor, squarings: int = 12, atol: float = 0.0) -> Tensor
             powers = torch.tensor([0.5**i for i in range(k + 1)], dtype=A.dtype, device=A.device)
             before, bound = bound, (torch.stack(sizes, -1).log() @ powers).exp()
             # Three squarings leave an eighth of the bound's excess.
-            if atol > 0 and not (before - bound > 7 * atol).any():
+            if atol > 0 and not ((before - bound) * top[..., 0, 0] > 7 * atol).any():
                 break
-    return bound
+    return bound * top[..., 0, 0]

@@ -18,7 +18,7 @@ class InputCost:
 
     Attributes:
         diagonal: Diagonal of R, `(*batch, m)`; its entries at `coupled` are not read.
-        coupled: Indices of the coupled controls, int64, `(c,)`.
+        coupled: Indices of the coupled controls in increasing order, int64, `(c,)`.
         block: R among them, symmetric, `(*batch, c, c)`.
     """
 
@@ -66,6 +66,16 @@ class InputCost:
     def to(self, dtype: torch.dtype) -> "InputCost":
         """Return R in another dtype."""
         return InputCost(self.diagonal.to(dtype), self.coupled, self.block.to(dtype))
+
+    def divided(self, scale: Tensor) -> "InputCost":
+        """Return R / scale, scale (*batch,)."""
+        block = self.block / scale[..., None, None]
+        return InputCost(self.diagonal / scale[..., None], self.coupled, block)
+
+    def expand(self, size: int, *_: int) -> "InputCost":
+        """Return R with a leading batch dimension of the size."""
+        diagonal = self.diagonal.expand(size, *self.diagonal.shape)
+        return InputCost(diagonal, self.coupled, self.block.expand(size, *self.block.shape))
 
     def mean(self) -> "InputCost":
         """Return the mean of R over the first batch dimension."""

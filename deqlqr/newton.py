@@ -71,6 +71,7 @@ def newton_step(
     rtol: float,
     *,
     monotone: bool = True,
+    above: float = 0.0,
     stein_dtype: torch.dtype | None = None,
 ) -> tuple[Found, Tensor]:
     """Take one step (R8) in the elements whose closed loop is stable.
@@ -80,6 +81,7 @@ def newton_step(
         found: Where to start.
         rtol: Largest residual that counts as a solution.
         monotone: Keep the step only where the residual falls.
+        above: Step only where the residual is above this.
         stein_dtype: Type in which dP is solved for; `None` takes that of the equation.
 
     Returns:
@@ -91,10 +93,11 @@ def newton_step(
     stein = solve_stein(A_cl.to(dtype), (sym(defect) / scale).to(dtype), throw=False)
     P = sym(found.P + scale * stein.X.to(defect.dtype))  # (R8)
     new = judge(dare, P, found.iterations + 1, torch.zeros_like(found.iterations), rtol)
-    # A step that does not reach a solution leaves the verdict as it was.
-    result = torch.where(new.stabilising, new.certificate.result, found.certificate.result)
+    # A step that does not reach a solution leaves the reason of the failure as it was.
+    known = new.stabilising | found.stabilising
+    result = torch.where(known, new.certificate.result, found.certificate.result)
     new = new._replace(certificate=new.certificate._replace(result=result))
-    better = stein.result == SteinResult.SOLVED
+    better = (stein.result == SteinResult.SOLVED) & (before > above)
     if monotone:
         better = better & (new.certificate.residual < before)
     return choose(better, new, found), better

@@ -112,9 +112,10 @@ def solve_dare(
 ) -> DareSolution:
     """Solve the DARE (R1) for its stabilising solution P.
 
-    P and K are differentiable in A, B, Q, R and M to every order, forward and reverse (R9), (R10),
-    and work under `torch.func`. An `InputCost` is not differentiated. The linear terms of an LQR
-    do not enter here: see `steady_state`.
+    P and K are differentiable in A, B, Q, R and M, reverse to every order and forward once, mixed
+    as you like (R9), (R10), and work under `torch.func`. Forward over forward (`jacfwd` of
+    `jacfwd`) is not supported: torch loses the outer tangent without an error. An `InputCost` is
+    not differentiated. The linear terms of an LQR do not enter here: see `steady_state`.
 
     Args:
         A: State matrix, `(*batch, n, n)`; (A, B) must be stabilisable.
@@ -258,7 +259,7 @@ def _warm(dare: Dare, P0: Tensor, rtol: float) -> Found:
         stable = found.certificate.closed_loop_radius < 1
         if not (stable & (found.certificate.residual > enough)).any():
             break
-        found, _ = newton_step(dare, found, rtol, monotone=False)
+        found, _ = newton_step(dare, found, rtol, monotone=False, above=enough)
     # Short of rounding level Newton has not converged, whatever rtol allows.
     slow = found.certificate.residual > 1e3 * enough
     result = found.certificate.result.masked_fill(slow, DareResult.NOT_CONVERGED)
@@ -334,7 +335,9 @@ class _Dare(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, ...]:
         # Raised here: under torch.vmap only this sees which elements failed.
+        Q, R, M, P0, scale = _scaled(Q, R, M, P0)
         found = _in_pieces(_symmetric_dare(A, B, Q, R, M), P0, options)
+        found = replace(found, P=found.P * scale.to(found.P.dtype)[..., None, None])
         if options.throw:
             found.raise_if_failed()
         return (found.P, found.K, found.closed_loop_radius, found.residual, found.iterations,
@@ -354,22 +357,29 @@ class _Dare(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
         A, B, R, _, P, K = _same_dtype(ctx.saved_tensors)
-        P_bar, K_bar = (None if X is None else X.to(A.dtype) for X in cotangents[:2])
-        if P_bar is None and K_bar is None:
+        if cotangents[0] is None and cotangents[1] is None:
             return (None,) * 7
-        A_cl = A - B @ K
-        right = torch.zeros_like(P) if P_bar is None else P_bar
+        P_bar, K_bar = (
+            torch.zeros_like(X) if X_bar is None else X_bar.to(A.dtype)
+            for X, X_bar in zip((P, K), cotangents, strict=False)
+        )
+        # A failed element is NaN. If nobody asks about it, it must pass on 0, not 0 times NaN.
+        failed = P.isnan().any(-1).any(-1)[..., None, None]
+        idle = ((P_bar == 0).all(-1).all(-1) & (K_bar == 0).all(-1).all(-1))[..., None, None]
+        S, P, K = sym(R) + B.mT @ P @ B, P.masked_fill(failed, 0.0), K.masked_fill(failed, 0.0)
+        A_cl, right = (A - B @ K).masked_fill(failed, 0.0), P_bar
         W = torch.zeros_like(K)
-        if K_bar is not None:
-            W = torch.linalg.solve(R + B.mT @ P @ B, K_bar)
+        if cotangents[1] is not None:
+            W = torch.linalg.solve(S, K_bar).masked_fill(failed, 0.0)
             right = right + B @ W @ A_cl.mT
         Y = solve_stein(A_cl.mT, sym(right), throw=False).X  # (R10)
         KY = K @ Y
         A_bar = 2 * P @ A_cl @ Y + P @ B @ W
         B_bar = P @ A_cl @ W.mT - A_bar @ K.mT
         grads = (A_bar, B_bar, Y, KY @ K.mT - sym(W @ K.mT), W - 2 * KY)
+        unknown = torch.where(failed & ~idle, float("nan"), 0.0).to(A.dtype)
         wanted = zip(grads, ctx.needs_input_grad, strict=False)
-        return *(X.to(ctx.dtype) if need else None for X, need in wanted), None, None
+        return *((X + unknown).to(ctx.dtype) if need else None for X, need in wanted), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple:
@@ -378,7 +388,7 @@ class _Dare(torch.autograd.Function):
             torch.zeros_like(X) if dX is None else dX.to(A.dtype)
             for X, dX in zip((A, B, A, R, M), tangents[:5], strict=True)
         )
-        A_cl, dR = A - B @ K, sym(dR)
+        A_cl, R, dR = A - B @ K, sym(R), sym(dR)
         drive = dA - dB @ K
         T, dMK = A_cl.mT @ P @ drive, dM.mT @ K
         right = sym(dQ) - dMK - dMK.mT + K.mT @ dR @ K + T + T.mT
@@ -391,7 +401,7 @@ class _Dare(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
         *tensors, options = inputs
         moved = (
-            batch_first(X, dim, info.batch_size) if isinstance(X, Tensor) else X
+            None if X is None else batch_first(X, dim, info.batch_size)
             for X, dim in zip(tensors, in_dims, strict=False)
         )
         return _Dare.apply(*moved, options), (0,) * 6
@@ -410,6 +420,8 @@ def _checked(
         got = str(tuple(B.shape)) if isinstance(B, Tensor) else type(B).__name__
         raise ValueError(f"B must be a tensor of shape (*batch, n, m), got {got}.")
     *batch, n, m = B.shape
+    if m == 0:
+        raise ValueError(f"B must have at least one column, got {tuple(B.shape)}.")
     if M is None:
         M = B.new_zeros(*batch, m, n)
     expected = {
@@ -433,9 +445,29 @@ def _checked(
     return A, B, Q, R, M
 
 
+def _scaled(
+    Q: Tensor, R: Tensor | InputCost, M: Tensor, P0: Tensor | None
+) -> tuple[Tensor, Tensor | InputCost, Tensor, Tensor | None, Tensor]:
+    """Return the costs divided by a power of 2 near their size, and it, `(*batch,)`.
+
+    P scales with the costs and K does not change; without this, norms overflow or vanish.
+    """
+    blocks = (R.block, R.diagonal[..., None]) if isinstance(R, InputCost) else (R,)
+    sizes = [X.abs().flatten(-2).amax(-1) for X in (Q, *blocks, M) if X.shape[-1] * X.shape[-2]]
+    size = torch.stack(sizes).amax(0)
+    usable = size.isfinite() & (size > 0)
+    size = torch.where(usable, size, torch.ones_like(size))
+    scale = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
+    wide = scale[..., None, None]
+    R = R.divided(scale) if isinstance(R, InputCost) else R / wide
+    return Q / wide, R, M / wide, None if P0 is None else P0 / wide, scale
+
+
 def _symmetric_dare(A: Tensor, B: Tensor, Q: Tensor, R: Tensor | InputCost, M: Tensor) -> Dare:
     Q = _symmetric("Q", Q)
     if isinstance(R, InputCost):
+        if not bool((R.coupled.diff() > 0).all()):
+            raise ValueError("R.coupled must be in increasing order.")
         return Dare(A, B, Q, replace(R, block=_symmetric("R", R.block)), M)
     return Dare(A, B, Q, InputCost.of(_symmetric("R", R)), M)
 

@@ -67,16 +67,17 @@ def steady_state(lqr: LQR, dare: DareSolution | None = None) -> SteadyState:
         raise ValueError(
             f"dare must be of a problem with K {tuple(lqr.M.shape)}, got {tuple(dare.K.shape)}."
         )
-    A, B, K = lqr.A, lqr.B, dare.K
+    A, B = lqr.A, lqr.B
+    P, K = dare.P.to(A.dtype), dare.K.to(A.dtype)
     loop = lu_factor(torch.eye(lqr.n, dtype=A.dtype, device=A.device) - (A - B @ K))
     cost = lqr.a[..., None] - K.mT @ lqr.b[..., None]
     lam = loop.solve(cost, adjoint=True)  # (R2)
-    gain = dare.gain or DirectGain.of(Dare(A, B, lqr.Q, InputCost.of(lqr.R), lqr.M), dare.P)
+    gain = dare.gain or DirectGain.of(Dare(A, B, lqr.Q, _all_coupled(lqr.R), lqr.M), P)
     drive = gain.solve(lqr.b[..., None] + B.mT @ lam)
     x = loop.solve(-(B @ drive))
     u = -(K @ x) - drive  # (R3)
     _require_regular("steady state", u, loop.info)
-    p = dare.P @ x + lam
+    p = P @ x + lam
     residual = _optimality(lqr, x, u, p)
     return SteadyState(u[..., 0], x[..., 0], lam[..., 0], residual)
 
@@ -100,6 +101,13 @@ def curvature(lqr: LQR, S: Tensor) -> Tensor:
     MS = lqr.M @ S
     R = lqr.R.dense() if isinstance(lqr.R, InputCost) else lqr.R
     return S.mT @ lqr.Q @ S + MS + MS.mT + R
+
+
+def _all_coupled(R: Tensor | InputCost) -> InputCost:
+    """Return R with no entry left out: one that is 0 has a gradient all the same."""
+    if isinstance(R, InputCost):
+        return R
+    return InputCost(R.diagonal(dim1=-2, dim2=-1), torch.arange(R.shape[-1], device=R.device), R)
 
 
 def _optimality(lqr: LQR, x: Tensor, u: Tensor, p: Tensor) -> Tensor:

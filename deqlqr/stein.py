@@ -51,8 +51,9 @@ class SteinSolution:
 def solve_stein(A: Tensor, Q: Tensor, *, max_steps: int = 60, throw: bool = True) -> SteinSolution:
     """Solve the Stein equation (S1) for A with spectral radius below 1.
 
-    Gradients of every order, forward and reverse, and `torch.func` transforms go through X by the
-    implicit function theorem (S3), (S4).
+    Gradients, reverse to every order and forward once, and `torch.func` transforms go through X by
+    the implicit function theorem (S3), (S4). Forward over forward (`jacfwd` of `jacfwd`) is not
+    supported: torch loses the outer tangent without an error.
 
     Args:
         A: `(*batch, n, n)`, spectral radius below 1.

@@ -132,3 +132,44 @@ def test_a_structured_input_cost_passes_gradients_to_the_rest():
     ours = solve_dare(A, lqr.B, lqr.Q, InputCost.of(lqr.R), lqr.M).P.sum()
     dense = solve_dare(A, lqr.B, lqr.Q, lqr.R, lqr.M).P.sum()
     torch.testing.assert_close(*(torch.autograd.grad(P, A)[0] for P in (ours, dense)))
+
+
+def test_an_element_that_failed_and_is_left_out_passes_on_no_nan():
+    lqr = make_lqr(3, 2, (3,))
+    A, B = lqr.A.clone(), lqr.B.clone()
+    A[1], B[1] = 2 * torch.eye(3), 0.0
+    shared = torch.ones((), dtype=torch.float64, requires_grad=True)
+    dare = solve_dare(A, B, shared * lqr.Q, lqr.R, lqr.M, throw=False)
+    good = dare.stabilising
+    (dare.P[good].sum() + dare.K[good].sum()).backward()
+    alone = torch.ones((), dtype=torch.float64, requires_grad=True)
+    P, K = P_and_K(A[good], B[good], alone * lqr.Q[good], lqr.R[good], lqr.M[good])
+    (P.sum() + K.sum()).backward()
+    torch.testing.assert_close(shared.grad, alone.grad)
+
+
+def test_a_diagonal_R_has_a_gradient_off_its_diagonal():
+    lqr = make_lqr(3, 2)
+
+    def u(D: Tensor) -> Tensor:
+        R = D @ D.mT + torch.eye(2, dtype=torch.float64)
+        return steady_state(LQR(lqr.A, lqr.B, lqr.Q, R, 0.1 * lqr.M, lqr.a, lqr.b)).u
+
+    assert gradcheck(u, (torch.eye(2, dtype=torch.float64, requires_grad=True),))
+
+
+def test_of_R_only_the_symmetric_part_is_differentiated():
+    lqr = make_lqr(3, 2)
+    cost = lambda R: solve_dare(lqr.A, lqr.B, lqr.Q, R, lqr.M).K.square().sum()
+    hessian = torch.func.hessian(cost)(lqr.R).reshape(4, 4)
+    torch.testing.assert_close(hessian, hessian.mT)
+    swap = [0, 2, 1, 3]  # R and R' have the same K
+    torch.testing.assert_close(hessian, hessian[swap])
+
+
+def test_vmap_takes_a_structured_input_cost_that_all_elements_share():
+    lqr = make_lqr(3, 2, (4,))
+    cost = InputCost.of(lqr.R[0])
+    mapped = torch.func.vmap(lambda A: solve_dare(A, lqr.B[0], lqr.Q[0], cost).P)(lqr.A)
+    alone = solve_dare(lqr.A[3], lqr.B[0], lqr.Q[0], lqr.R[0]).P
+    torch.testing.assert_close(mapped[3], alone)

@@ -15,6 +15,7 @@ from deqlqr import (
     ConvergenceError,
     DareResult,
     Doubling,
+    InputCost,
     solve_dare,
     spectral_radius,
     static_step,
@@ -393,3 +394,56 @@ def test_a_batch_larger_than_a_cache_is_solved_in_pieces_without_a_trace():
     assert relative(dare.P[2, 19], alone.P) < 1e-12
     warm = solve_dare(A, B, lqr.Q, lqr.R, lqr.M, P0=dare.P, throw=False)
     assert relative(warm.P[2], dare.P[2]) < 1e-12 and warm.iterations[2].max() <= 1
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e-20, 1e20, 1e160])
+@pytest.mark.parametrize("method", ["doubling", "scipy"])
+def test_the_scale_of_the_costs_does_not_matter(scale, method):
+    lqr = make_lqr(4, 2, rho=1.1)
+    plain = solve(lqr)
+    scaled = solve_dare(
+        lqr.A, lqr.B, scale * lqr.Q, scale * lqr.R, scale * lqr.M, method=method, P0=None
+    )
+    assert relative(scaled.P / scale, plain.P) < 1e-9 and relative(scaled.K, plain.K) < 1e-9
+    warm = solve_dare(lqr.A, lqr.B, scale * lqr.Q, scale * lqr.R, scale * lqr.M, P0=scaled.P)
+    assert relative(warm.K, plain.K) < 1e-9
+
+
+@pytest.mark.parametrize("r", [1e-3, 1e-9, 1e-12])
+@pytest.mark.parametrize("options", [{}, {"solver": Doubling(polish=True)}, {"method": "scipy"}])
+def test_many_controls_with_a_small_cost_have_an_exact_gain(r, options):
+    lqr = make_lqr(3, 20, rho=1.1)
+    R = r * torch.eye(20).double()
+    dare = solve_dare(lqr.A, lqr.B, lqr.Q, R, **options)
+    eye = torch.eye(3).double()
+    inner = torch.linalg.solve(r * eye + dare.P @ lqr.B @ lqr.B.mT, dare.P @ lqr.A)
+    assert relative(dare.K, lqr.B.mT @ inner) < 1e-11  # (R7) with R = r I
+
+
+def test_a_singular_neighbour_does_not_change_the_gain_of_others():
+    lqr = make_lqr(3, 20, (2,), rho=0.9)
+    R = 1e-10 * torch.eye(20).double().repeat(2, 1, 1)
+    before = solve_dare(lqr.A, lqr.B, lqr.Q, R)
+    R[1, 3, 3] = 0.0
+    after = solve_dare(lqr.A, lqr.B, lqr.Q, R, throw=False)
+    assert relative(after.K[0], before.K[0]) < 1e-12
+
+
+def test_a_warm_start_never_outlives_its_certificate():
+    g = torch.Generator().manual_seed(5)
+    rand = lambda *shape: torch.randn(300, *shape, generator=g)
+    A, B = 1.5 * rand(4, 4), rand(4, 1)
+    Q, R = torch.eye(4).expand(300, 4, 4), torch.eye(1).expand(300, 1, 1)
+    start = solve_dare(A, B, Q, R, throw=False).P * 1.02
+    dare = solve_dare(A, B, Q, R, P0=start, solver=Doubling(refine=0), throw=False)
+    assert (dare.residual[dare.stabilising] <= 1e-4).all()
+    assert (dare.closed_loop_radius[dare.stabilising] < 1).all()
+
+
+def test_no_controls_and_controls_out_of_order_are_refused():
+    eye = torch.eye(2)
+    with pytest.raises(ValueError, match="B must have at least one column"):
+        solve_dare(eye / 2, torch.zeros(2, 0), eye, torch.zeros(0, 0))
+    cost = InputCost(torch.ones(2), torch.tensor([1, 0]), eye)
+    with pytest.raises(ValueError, match="R.coupled must be in increasing order"):
+        solve_dare(eye / 2, eye, eye, cost)
