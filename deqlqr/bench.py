@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -96,11 +96,6 @@ def table(rows: Iterable[DareRow]) -> Iterable[str]:
             f"{r.residual:9.1e} {r.scipy_residual:9.1e} {r.difference:9.1e}"
         )
     yield "backward, scipy, sb02od: their time over that of deqlqr's forward solve"
-
-
-def to_dict(row: DareRow) -> dict[str, Any]:
-    """Return a row as plain data."""
-    return asdict(row)
 
 
 def _row(batch: int, n: int, m: int, device: str) -> DareRow:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import deqlqr
-from deqlqr.bench import BATCHES, SINGLES, bench_dare, table, to_dict
+from deqlqr.bench import BATCHES, SINGLES, bench_dare, table
 from deqlqr.data import DATASETS, load_data
 from deqlqr.equivalence import check_equivalence
 from deqlqr.models import MODELS, make_model
@@ -203,7 +204,7 @@ def bench_dare_command(
     devices = ["cpu", "cuda"] if device == "auto" and torch.cuda.is_available() else [device]
     for name in devices:
         rows = bench_dare(sizes, _device("cpu" if name == "auto" else name).type)
-        for line in (json.dumps(to_dict(r)) for r in rows) if as_json else table(rows):
+        for line in (json.dumps(asdict(r)) for r in rows) if as_json else table(rows):
             click.echo(line)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deqlqr._linalg import LUFactor, lu_factor
+
 
 @dataclass(frozen=True)
 class InputCost:
@@ -116,28 +118,26 @@ class InputCostFactor:
         cost: R.
         L: Cholesky factor of the block, `(*batch, c, c)`.
         indefinite: Where there is none, boolean `(*batch,)`.
-        LU: The block's LU factors, where `indefinite` is true somewhere.
-        pivots: Theirs.
+        LU: The block's LU factors, if `indefinite` is true somewhere.
         singular: Where R is singular, boolean `(*batch,)`.
     """
 
     cost: InputCost
     L: Tensor
     indefinite: Tensor
-    LU: Tensor | None
-    pivots: Tensor | None
+    LU: LUFactor | None
     singular: Tensor
 
     @staticmethod
     def of(cost: InputCost) -> "InputCostFactor":
         """Factorise; a singular R is marked, not raised."""
         L, info = torch.linalg.cholesky_ex(cost.block)
-        indefinite, LU, pivots = info != 0, None, None
+        indefinite, LU = info != 0, None
         singular = (cost.diagonal == 0).index_fill(-1, cost.coupled, False).any(-1)
         if bool(indefinite.any()):
-            LU, pivots, lu_info = torch.linalg.lu_factor_ex(cost.block)
-            singular = singular | (indefinite & (lu_info != 0))
-        return InputCostFactor(cost, L, indefinite, LU, pivots, singular)
+            LU = lu_factor(cost.block)
+            singular = singular | (indefinite & (LU.info != 0))
+        return InputCostFactor(cost, L, indefinite, LU, singular)
 
     def solve(self, right: Tensor) -> Tensor:
         """Return R^-1 right (*batch, m, k)."""
@@ -149,7 +149,6 @@ class InputCostFactor:
 
     def _solve_block(self, right: Tensor) -> Tensor:
         solved = torch.cholesky_solve(right, self.L)
-        if self.LU is None or self.pivots is None:
+        if self.LU is None:
             return solved
-        by_lu = torch.linalg.lu_solve(self.LU, self.pivots, right)
-        return torch.where(self.indefinite[..., None, None], by_lu, solved)
+        return torch.where(self.indefinite[..., None, None], self.LU.solve(right), solved)

@@ -60,11 +60,6 @@ def judge(
     return Found(P, gain.K, certify(dare, P, gain, broken, rtol), iterations, gain)
 
 
-def merged(first: Found, second: Found) -> Found:
-    """Return `second` where it is stabilising and `first` is not, else `first`."""
-    return choose(second.stabilising & ~first.stabilising, second, first)
-
-
 def newton_step(
     dare: Dare,
     found: Found,

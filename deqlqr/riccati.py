@@ -28,7 +28,7 @@ from deqlqr._linalg import batch_first, norm, sym
 from deqlqr.dare import Dare, Gain
 from deqlqr.doubling import double, shift_of
 from deqlqr.input_cost import InputCost
-from deqlqr.newton import Found, choose, judge, merged, newton_step
+from deqlqr.newton import Found, choose, judge, newton_step
 from deqlqr.solution import ConvergenceError, DareResult, describe_failures
 from deqlqr.stein import solve_stein
 
@@ -302,7 +302,8 @@ def _retried(
         return flat.index_copy(0, index, piece).reshape(whole.shape)
 
     # Where both fail, the verdict on the problem as posed stands.
-    return merged(found, found.zip_with(spread, again))
+    solved = found.zip_with(spread, again)
+    return choose(wrong & solved.stabilising, solved, found)
 
 
 def _by_scipy(dare: Dare, rtol: float) -> Found:
