@@ -11,6 +11,7 @@ Source: Chu, Fan, Lin, Wang (2004), Structure-preserving algorithms for periodic
 algebraic Riccati equations, Int. J. Control 77(8). doi:10.1080/00207170410001714988.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -51,47 +52,57 @@ def shift_of(dare: Dare) -> Tensor:
 
 
 def _double(problem: Eliminated, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the limit, the steps and the codes; elements that are done leave the batch."""
+    *batch, n = problem.A.shape[:-1]
+    flat = lambda X: X.reshape(math.prod(batch), n, n)
+    broken = torch.where(problem.cost.singular, DareResult.NONE, 0).long().flatten()
+    running = broken == 0
     # T = A' and W' = I + H G are what is stored: LAPACK, which counts by columns, then takes them
     # without a copy. G and H are symmetric; H is made so once, at the end.
-    T, G, H = problem.A.mT.contiguous(), problem.G, problem.H
-    n = T.shape[-1]
-    broken = torch.where(problem.cost.singular, DareResult.NONE, 0).long()
-    running = broken == 0
-    iterations = torch.zeros_like(broken)
-    stuck = torch.zeros_like(running)
+    TG, H = torch.cat([flat(problem.A.mT), flat(problem.G)], dim=-2), flat(problem.H)
+    P, steps, stuck = H.clone(), torch.zeros_like(broken), torch.zeros_like(running)
+    index = torch.arange(len(P), device=P.device)  # of the elements still in the batch
     # The next step would change H by about the square of this one's relative change, so it is
     # left out; where that misjudges, the residual shows it and asks for a Newton step.
-    floor = torch.finfo(T.dtype).eps ** 0.5
-    check_every = 1 if T.device.type == "cpu" else 3
+    floor = torch.finfo(P.dtype).eps ** 0.5
+    check_every = 1 if P.device.type == "cpu" else 3
     for step in range(max_steps):
-        W_transposed = H @ G
+        T, G = TG[:, :n], TG[:, n:]
+        W_transposed = torch.bmm(H, G)
         W_transposed.diagonal(dim1=-2, dim2=-1).add_(1)
-        solved, _ = torch.linalg.solve_ex(W_transposed.mT, torch.cat([T, G], dim=-2).mT)
+        solved, _ = torch.linalg.solve_ex(W_transposed.mT, TG.mT)
         AW_GW = solved.mT  # (W^-1 A)' above (W^-1 G)'
-        dH = T @ (AW_GW[..., :n, :] @ H).mT
+        dH = torch.bmm(T, torch.bmm(AW_GW[:, :n], H).mT)
         H_next = H + dH  # (R5)
         size, change = norm(H_next), norm(dH)
         finite = size.isfinite()
-        iterations += running
+        steps[index] += running
         # A finite problem whose iterates overflow or break down has P at infinity.
-        broken = torch.where(running & ~finite, DareResult.NONE, broken)
+        broken[index] = torch.where(running & ~finite, DareResult.NONE, broken[index])
         running = running & finite
         H = _where(running, H_next, H)
         # Late steps, of 2^step of the recursion's, that still change H by much approach no limit:
         # a mode that is not controlled lets P grow.
         stuck = running & (change > 1e-3 * size) & (step >= _LATE)
         running = running & (change > floor * size)
-        if (step + 1) % check_every == 0 and not running.any():
-            break
-        both = AW_GW @ T
-        G_next = G + both[..., n:, :].mT @ T  # (R5)
-        T, G = _where(running, both[..., :n, :], T), _where(running, G_next, G)
-    unfinished = torch.where(stuck, DareResult.NONE, DareResult.NOT_CONVERGED)
-    return sym(H), iterations, torch.where(running, unfinished, broken)
+        if (step + 1) % check_every == 0 and not running.all():
+            P[index] = H
+            keep = running.nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            index, running, stuck = index[keep], running[keep], stuck[keep]
+            H, T, G, AW_GW = H[keep], T[keep], G[keep], AW_GW[keep]
+        TG = torch.bmm(AW_GW, T)
+        TG[:, n:] = torch.baddbmm(G, TG[:, n:].mT, T)  # (R5)
+    else:
+        P[index] = H
+        unfinished = torch.where(stuck, DareResult.NONE, DareResult.NOT_CONVERGED)
+        broken[index] = torch.where(running, unfinished, broken[index])
+    return sym(P).reshape(*batch, n, n), steps.reshape(batch), broken.reshape(batch)
 
 
 def _where(take: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Return new where `take`, else old: an element that is done must not change any more."""
     if take.device.type == "cpu" and take.all():
         return new
-    return torch.where(take[..., None, None], new, old)
+    return torch.where(take[:, None, None], new, old)

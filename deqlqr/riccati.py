@@ -24,7 +24,7 @@ from scipy.linalg import LinAlgError, solve_discrete_are
 from torch import Tensor
 
 from deqlqr._checks import choice
-from deqlqr._linalg import batch_first, norm, sym
+from deqlqr._linalg import batch_first, largest, norm, sym
 from deqlqr.dare import Dare, Gain
 from deqlqr.doubling import double, shift_of
 from deqlqr.input_cost import InputCost
@@ -45,7 +45,8 @@ class DareSolution:
         P: Stabilising solution, symmetric, `(*batch, n, n)`. NaN where `result` is not 0: what
             is not a stabilising solution is never handed out as one.
         K: Feedback gain of u = -K x, `(*batch, m, n)`. NaN where `result` is not 0.
-        closed_loop_radius: Spectral radius of A - BK (see `spectral_radius`), `(*batch,)`.
+        closed_loop_radius: Spectral radius of A - BK, `(*batch,)`. What certifies stability is
+            its upper bound by `spectral_radius`; this is the estimate of that bound's limit.
         residual: The larger relative residual of (R1)'s two equations: Frobenius norm over that
             of the largest term, `(*batch,)`.
         iterations: Doubling steps, or Newton steps after a warm start, `(*batch,)`.
@@ -454,8 +455,7 @@ def _scaled(
     P scales with the costs and K does not change; without this, norms overflow or vanish.
     """
     blocks = (R.block, R.diagonal[..., None]) if isinstance(R, InputCost) else (R,)
-    sizes = [X.abs().flatten(-2).amax(-1) for X in (Q, *blocks, M) if X.shape[-1] * X.shape[-2]]
-    size = torch.stack(sizes).amax(0)
+    size = torch.stack([largest(X) for X in (Q, *blocks, M)]).amax(0)
     usable = size.isfinite() & (size > 0)
     size = torch.where(usable, size, torch.ones_like(size))
     scale = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
@@ -474,7 +474,10 @@ def _symmetric_dare(A: Tensor, B: Tensor, Q: Tensor, R: Tensor | InputCost, M: T
 
 
 def _symmetric(name: str, X: Tensor) -> Tensor:
-    if (norm(X - X.mT) > torch.finfo(X.dtype).eps ** 0.5 * norm(X)).any():
+    skew = norm(X - X.mT)
+    if not (skew > 0).any():
+        return X
+    if (skew > torch.finfo(X.dtype).eps ** 0.5 * norm(X)).any():
         raise ValueError(f"{name} must be symmetric.")
     return sym(X)
 
