@@ -35,7 +35,7 @@ def sym(X: Tensor) -> Tensor:
 
 def norm(X: Tensor) -> Tensor:
     """Return the Frobenius norm of X (*batch, i, j)."""
-    return torch.linalg.matrix_norm(X)
+    return torch.linalg.vector_norm(X, dim=(-2, -1))
 
 
 def largest(X: Tensor) -> Tensor:

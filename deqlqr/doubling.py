@@ -60,11 +60,11 @@ def _double(problem: Eliminated, max_steps: int) -> tuple[Tensor, Tensor, Tensor
     # T = A' and W' = I + H G are what is stored: LAPACK, which counts by columns, then takes them
     # without a copy. G and H are symmetric; H is made so once, at the end.
     TG, H = torch.cat([flat(problem.A.mT), flat(problem.G)], dim=-2), flat(problem.H)
-    P, steps, stuck = H.clone(), torch.zeros_like(broken), torch.zeros_like(running)
+    P, steps = H.clone(), torch.zeros_like(broken)
+    code, taken = broken.clone(), steps.clone()
     index = torch.arange(len(P), device=P.device)  # of the elements still in the batch
-    # The next step would change H by about the square of this one's relative change, so it is
-    # left out; where that misjudges, the residual shows it and asks for a Newton step.
-    floor = torch.finfo(P.dtype).eps ** 0.5
+    ratio = torch.full_like(broken, torch.nan, dtype=P.dtype)
+    rounding = max(n, 2) * torch.finfo(P.dtype).eps
     check_every = 1 if P.device.type == "cpu" else 3
     for step in range(max_steps):
         T, G = TG[:, :n], TG[:, n:]
@@ -74,30 +74,33 @@ def _double(problem: Eliminated, max_steps: int) -> tuple[Tensor, Tensor, Tensor
         AW_GW = solved.mT  # (W^-1 A)' above (W^-1 G)'
         dH = torch.bmm(T, torch.bmm(AW_GW[:, :n], H).mT)
         H_next = H + dH  # (R5)
-        size, change = norm(H_next), norm(dH)
-        finite = size.isfinite()
-        steps[index] += running
-        # A finite problem whose iterates overflow or break down has P at infinity.
-        broken[index] = torch.where(running & ~finite, DareResult.NONE, broken[index])
-        running = running & finite
+        size, before = norm(H_next), ratio
+        ratio = norm(dH) / size.clamp(min=torch.finfo(P.dtype).tiny)
+        taken += running
+        overflow = running & ~size.isfinite()
+        running = running & ~overflow
         H = _where(running, H_next, H)
-        # Late steps, of 2^step of the recursion's, that still change H by much approach no limit:
-        # a mode that is not controlled lets P grow.
-        stuck = running & (change > 1e-3 * size) & (step >= _LATE)
-        running = running & (change > floor * size)
+        # A finite problem whose iterates overflow or break down has P at infinity.
+        code = code.masked_fill(overflow, DareResult.NONE)
+        # Changes go as r <- c r^2, so the next is foreseen from two; one that drowns in rounding
+        # is left out. Where that misjudges, the certificate asks for a Newton step.
+        running = running & ~((ratio <= rounding) | (ratio**3 <= rounding * before**2))
         if (step + 1) % check_every == 0 and not running.all():
-            P[index] = H
+            P[index], steps[index], broken[index] = H, taken, code
             keep = running.nonzero()[:, 0]
             if len(keep) == 0:
                 break
-            index, running, stuck = index[keep], running[keep], stuck[keep]
-            H, T, G, AW_GW = H[keep], T[keep], G[keep], AW_GW[keep]
+            index, running, taken, code = index[keep], running[keep], taken[keep], code[keep]
+            H, T, G, AW_GW, ratio = (X[keep] for X in (H, T, G, AW_GW, ratio))
         TG = torch.bmm(AW_GW, T)
         TG[:, n:] = torch.baddbmm(G, TG[:, n:].mT, T)  # (R5)
     else:
-        P[index] = H
+        P[index], steps[index] = H, taken
+        # Late steps, of 2^step of the recursion's, that still change H by much approach no limit:
+        # a mode that is not controlled lets P grow.
+        stuck = (ratio > 1e-3) & (max_steps > _LATE)
         unfinished = torch.where(stuck, DareResult.NONE, DareResult.NOT_CONVERGED)
-        broken[index] = torch.where(running, unfinished, broken[index])
+        broken[index] = torch.where(running, unfinished, code)
     return sym(P).reshape(*batch, n, n), steps.reshape(batch), broken.reshape(batch)
 
 

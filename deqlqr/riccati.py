@@ -268,8 +268,12 @@ def _warm(dare: Dare, P0: Tensor, rtol: float) -> Found:
 
 
 def _polished(dare: Dare, found: Found, rtol: float, polish: bool | None) -> Found:
-    asked = found.certificate.residual > min(rtol, 1e2 * _rounding(dare))
-    stable = found.certificate.closed_loop_radius < 1
+    # A residual of P is an error of P that is larger by 1 / (1 - rho^2).
+    radius, eps = found.certificate.closed_loop_radius, torch.finfo(dare.A.dtype).eps
+    level = (1e3 + 10 * dare.A.shape[-1]) * eps
+    wanted = (level * (1 - radius**2)).clamp(min=10 * eps, max=rtol)
+    asked = found.certificate.residual > wanted
+    stable = radius < 1
     if polish is False or (polish is None and not (asked & stable).any()):
         return found
     return newton_step(dare, found, rtol)[0]
