@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
     """Return `value` if it is one of `allowed`.
@@ -28,3 +31,17 @@ def at_least(name: str, value: float, least: float, *, strict: bool = False) -> 
         bound = f"above {least:g}" if strict else f"at least {least:g}"
         raise ValueError(f"{name} must be finite and {bound}, got {value}.")
     return number
+
+
+def one_forward_level(name: str) -> None:
+    """Refuse forward mode over forward mode, where torch drops the outer tangent unnoticed.
+
+    Raises:
+        RuntimeError: Within `torch.func.jvp` or `jacfwd` of another.
+    """
+    levels = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
+    if levels.count(TransformType.Jvp) > 1:
+        raise RuntimeError(
+            f"{name} has no forward derivative of a forward derivative: a torch custom function "
+            "loses the outer one. Use torch.func.hessian, or jacrev for one of the two."
+        )

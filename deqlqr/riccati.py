@@ -23,7 +23,7 @@ import torch
 from scipy.linalg import LinAlgError, solve_discrete_are
 from torch import Tensor
 
-from deqlqr._checks import choice
+from deqlqr._checks import choice, one_forward_level
 from deqlqr._linalg import batch_first, largest, norm, sym
 from deqlqr.dare import Dare, Gain
 from deqlqr.doubling import double, shift_of
@@ -115,7 +115,7 @@ def solve_dare(
 
     P and K are differentiable in A, B, Q, R and M, reverse to every order and forward once, mixed
     as you like (R9), (R10), and work under `torch.func`. Forward over forward (`jacfwd` of
-    `jacfwd`) is not supported: torch loses the outer tangent without an error. An `InputCost` is
+    `jacfwd`) raises: a custom function would lose the outer tangent. An `InputCost` is
     not differentiated. The linear terms of an LQR do not enter here: see `steady_state`.
 
     Args:
@@ -140,6 +140,7 @@ def solve_dare(
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, or Q or R is not symmetric.
         ConvergenceError: If `throw` and an element failed.
+        RuntimeError: Within forward mode of forward mode.
 
     Example:
         >>> A, B = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([[0.0], [1.0]])
@@ -150,6 +151,7 @@ def solve_dare(
         (True, True)
     """
     A, B, Q, R, M = _checked(A, B, Q, R, M, P0)
+    one_forward_level("solve_dare")
     choice("method", method, get_args(Method))
     if out_dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"out_dtype must be float32, float64 or None, got {out_dtype}.")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqlqr._checks import one_forward_level
 from deqlqr._linalg import batch_first, is_finite, norm, relative
 from deqlqr.solution import ConvergenceError, SteinResult, describe_failures
 
@@ -52,8 +53,8 @@ def solve_stein(A: Tensor, Q: Tensor, *, max_steps: int = 60, throw: bool = True
     """Solve the Stein equation (S1) for A with spectral radius below 1.
 
     Gradients, reverse to every order and forward once, and `torch.func` transforms go through X by
-    the implicit function theorem (S3), (S4). Forward over forward (`jacfwd` of `jacfwd`) is not
-    supported: torch loses the outer tangent without an error.
+    the implicit function theorem (S3), (S4). Forward over forward (`jacfwd` of `jacfwd`)
+    raises: a custom function would lose the outer tangent.
 
     Args:
         A: `(*batch, n, n)`, spectral radius below 1.
@@ -67,6 +68,7 @@ def solve_stein(A: Tensor, Q: Tensor, *, max_steps: int = 60, throw: bool = True
     Raises:
         ValueError: If shapes, dtypes or devices do not fit.
         ConvergenceError: If `throw` and an element failed.
+        RuntimeError: Within forward mode of forward mode.
 
     Example:
         >>> A, Q = torch.tensor([[0.5, 1.0], [0.0, 0.5]]), torch.eye(2)
@@ -85,6 +87,7 @@ def solve_stein(A: Tensor, Q: Tensor, *, max_steps: int = 60, throw: bool = True
             f"Q must be {tuple(A.shape)}, {A.dtype} on {A.device} like A, got {tuple(Q.shape)}, "
             f"{Q.dtype} on {Q.device}."
         )
+    one_forward_level("solve_stein")
     return SteinSolution(*_Stein.apply(A, Q, max_steps, throw))
 
 

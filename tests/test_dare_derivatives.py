@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from deqlqr import LQR, InputCost, solve_dare, steady_state
+from deqlqr import LQR, InputCost, solve_dare, solve_stein, steady_state
 
 from .problems import make_lqr, randn, relative
 
@@ -173,3 +173,16 @@ def test_vmap_takes_a_structured_input_cost_that_all_elements_share():
     mapped = torch.func.vmap(lambda A: solve_dare(A, lqr.B[0], lqr.Q[0], cost).P)(lqr.A)
     alone = solve_dare(lqr.A[3], lqr.B[0], lqr.Q[0], lqr.R[0]).P
     torch.testing.assert_close(mapped[3], alone)
+
+
+def test_forward_over_forward_is_refused_and_reverse_over_forward_is_right():
+    A = torch.tensor([[0.5, 0.3], [0.0, 1.2]], dtype=torch.float64)
+    B, eye = torch.ones(2, 1, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    P = lambda A: solve_dare(A, B, eye, eye[:1, :1]).P.sum()
+    X = lambda A: solve_stein(A / 2, eye).X.sum()
+    for f, name in ((P, "solve_dare"), (X, "solve_stein")):
+        with pytest.raises(RuntimeError, match=f"{name} has no forward derivative of a forward"):
+            torch.func.jacfwd(torch.func.jacfwd(f))(A)
+        exact = torch.func.jacrev(torch.func.jacrev(f))(A)
+        assert torch.allclose(torch.func.jacrev(torch.func.jacfwd(f))(A), exact, rtol=1e-9)
+        assert torch.allclose(torch.func.jacfwd(torch.func.jacrev(f))(A), exact, rtol=1e-9)

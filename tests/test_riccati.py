@@ -168,6 +168,24 @@ def test_closed_loops_near_the_unit_circle(eps, tolerance, polish):
     assert 1 - dare.closed_loop_radius == pytest.approx(eps, rel=0.02)
 
 
+@pytest.mark.parametrize("q", [1e-6, 1e-9, 1e-13])
+@pytest.mark.parametrize("slow", [0.99, 0.99999])
+def test_slow_modes_of_little_cost_are_not_lost_behind_fast_ones(q, slow):
+    a, b, costs = randn(4, seed=1).new_tensor([
+        [1.2, 0.3, slow, 0.99 * slow],
+        [1.0, 1.0, 1e-3, 1e-3],
+        [1.0, 1.0, q, q],
+    ])
+    half = (1 - a**2 - costs * b**2) / 2  # b^2 p^2 + 2 half p - q = 0
+    root = (half**2 + b**2 * costs).sqrt()
+    exact = torch.where(half > 0, costs / (root + half), (root - half) / b**2)
+    basis, _ = torch.linalg.qr(randn(4, 4))
+    turned = lambda d: basis @ torch.diag(d) @ basis.mT
+    eye = torch.eye(4, dtype=torch.float64)
+    dare = solve_dare(turned(a), basis @ torch.diag(b), turned(costs), eye)
+    assert relative(dare.P, turned(exact)) < 1e-16 / (1 - slow**2) * 50
+
+
 @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e3, 1e6])
 def test_states_in_other_units_give_the_same_gain(scale):
     lqr = make_lqr(4, 2, rho=1.1)
