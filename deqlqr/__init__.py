@@ -3,6 +3,7 @@
 block -> fixed point -> linearise -> LQR problem -> Riccati -> steady state -> update -> check
 """
 
+from deqlqr.adjoint import Costate, Implicit, Neumann
 from deqlqr.blocks import ConvBlock, DenseBlock
 from deqlqr.controls import Controls
 from deqlqr.dare import spectral_radius
@@ -17,18 +18,13 @@ from deqlqr.divergence import (
     OutputDivergence,
 )
 from deqlqr.equivalence import EquivalenceReport, EquivalenceRow, check_equivalence
-from deqlqr.fixed_point import (
-    Anderson,
-    FixedPointSolution,
-    Picard,
-    Solver,
-    TorchDEQ,
-    fixed_point,
-)
+from deqlqr.fixed_point import fixed_point
 from deqlqr.input_cost import InputCost
 from deqlqr.linearize import linearize
 from deqlqr.lqr import LQR
+from deqlqr.newton_krylov import Fallback, NewtonKrylov
 from deqlqr.optim import ImplicitNGD, StepReport
+from deqlqr.resolvent import LinearSolution, Resolvent
 from deqlqr.riccati import DareSolution, Doubling, solve_dare
 from deqlqr.solution import (
     ConvergenceError,
@@ -37,8 +33,11 @@ from deqlqr.solution import (
     ResultCode,
     SteinResult,
 )
+from deqlqr.solver import FixedPointSolution, Solver
+from deqlqr.solvers import Anderson, Broyden, Picard
 from deqlqr.steady_state import SteadyState, static_step, steady_state
 from deqlqr.stein import SteinSolution, solve_stein
+from deqlqr.torchdeq_solver import TorchDEQ
 
 __version__ = "0.1.0"
 
@@ -51,10 +50,18 @@ __all__ = [
     "Solver",
     "Anderson",
     "Picard",
+    "Broyden",
+    "NewtonKrylov",
+    "Fallback",
     "TorchDEQ",
     "FixedPointSolution",
     # layer
     "DEQ",
+    "Implicit",
+    "Costate",
+    "Neumann",
+    "Resolvent",
+    "LinearSolution",
     # divergence
     "Divergence",
     "OutputDivergence",

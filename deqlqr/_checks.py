@@ -1,5 +1,7 @@
 """Checks of options that several modules make."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from torch._C._functorch import TransformType
@@ -13,8 +15,18 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
         ValueError: If it is not.
     """
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.{hint}")
     return value
+
+
+def unknown_option(owner: str, name: str, known: Iterable[str]) -> str:
+    """Return the message for an option that does not exist, with the nearest that does."""
+    known = tuple(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}."
+    return f"{owner} has no option {name!r}; {hint}"
 
 
 def at_least(name: str, value: float, least: float, *, strict: bool = False) -> float:

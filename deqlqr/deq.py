@@ -1,21 +1,16 @@
-"""The DEQ layer: z* = f(z*, x) forward, and two exact backward paths.
+"""The DEQ layer: z* = f(z*, x) forward, and its exact derivative by implicit differentiation.
 
 With g the cotangent of z* and A = df/dz at z*, the gradient of the equilibrium is
 
     (D1)  lam = g + A' lam                      the costate of the LQR with P = 0, i.e. (R2)
     (D2)  cotangent of the controls = B' lam    = -u, u of (R3) with R = I (theorem 4.2.1)
 
-`backward="implicit"` solves (D1) with the layer's fixed-point solver, from products with A' only.
-`backward="lqr"` forms A, builds the LQR of theorem 4.2.1 and takes lam from its steady state.
-Both are exact; higher derivatives come from applying the same rule to (D1) itself, which is again
-a fixed-point equation.
-
 Source: Bai, Kolter and Koltun (2019), arXiv:1909.01377; thesis section 2.4.1 and theorem 4.2.1.
 """
 
-import math
+import inspect
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -23,40 +18,55 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from deqlqr._checks import choice
-from deqlqr.fixed_point import FixedPointSolution, Map, Solver, fixed_point, make_solver
-from deqlqr.lqr import LQR
+from deqlqr._checks import choice, one_forward_level, unknown_option
+from deqlqr.adjoint import Adjoint, Neumann, make_adjoint
+from deqlqr.equilibrium import Flat, Problem, equilibrium
+from deqlqr.fixed_point import make_solver, solve_flat
+from deqlqr.frozen import Frozen
+from deqlqr.resolvent import LinearSolution, Product
 from deqlqr.solution import ConvergenceError
-from deqlqr.steady_state import steady_state
+from deqlqr.solver import FixedPointSolution, RowMap, Solver
+from deqlqr.state import StateShape
 
-Backward = Literal["implicit", "lqr"]
 OnFailure = Literal["raise", "warn", "return"]
-SolveAdjoint = Callable[[Map, Tensor], Tensor]
 
 
 class DEQ(nn.Module):
     """Deep-equilibrium layer around a residual block f(z, x).
 
-    The state starts from zero. Its shape is that of x, unless `state_shape` is given or the block
-    has a method `state_shape(x)` that returns the shape of one sample's state.
+    Called as `layer(x)`, or `layer(x1, x2, ..., name=value)` for a block f(z, x1, x2, ..., name):
+    positional tensors are per sample (batch first), keywords are shared by all samples. The state
+    starts from zero. Its shape is that of x, unless `state_shape` is given or the block has a
+    method `state_shape(*inputs)` that returns the shape of one sample's state. A tuple of shapes
+    makes the state a tuple of tensors.
+
+    The gradient is that of the equilibrium, in eval mode too, whatever solver found it, to every
+    order, and under `torch.func` (one forward level). During a solve random numbers are held and
+    batch normalisation uses its running statistics, so that all evaluations see one map.
 
     Args:
-        block: Any module f(z, x) whose output has the shape of z. Samples must be independent.
-        solver: A solver object or its name (see `fixed_point`), used forward and backward.
-        tol: Tolerance (FP1) of both solves; `None` takes 1e-5 in float32, 1e-10 in float64.
-        max_steps: Limit on evaluations of both solves.
-        backward: Which path autograd takes: `"implicit"` (adjoint solve) or `"lqr"` (theorem
-            4.2.1; forms the dense A of every sample).
+        block: Any module f(z, *inputs) whose output has the shape of z. Samples should be
+            independent; a block that mixes them is given the whole batch to the end.
+        solver: A solver object or its name (see `fixed_point`).
+        tol: Tolerance (FP1) of the forward solve and relative residual of the backward solve;
+            `None` takes 1e-5 in float32, 1e-10 in float64.
+        max_steps: Limit on the evaluations of the forward solve.
+        backward: How (D1) is solved: `"implicit"` (exact: factorised for small states, Krylov for
+            others), `"lqr"` (exact, theorem 4.2.1; forms the dense A of every sample), `"neumann"`
+            or `"one-step"` (inexact, cheaper), or an object such as `Implicit(max_steps=50)`.
         on_failure: What a sample without a fixed point does, forward and backward: `"raise"` a
             `ConvergenceError`, `"warn"`, or `"return"` silently (read `layer.solution`).
-        state_shape: Shape of one sample's state.
+        state_shape: Shape of one sample's state, or a tuple of shapes.
+        warm_start: Start from the last z and lam of the same `key` (see `forward`).
 
     Attributes:
         solution: The `FixedPointSolution` of the last forward solve, or `None`.
-        backward_solution: The same of the last adjoint solve (`"implicit"` only).
+        backward_solution: The `LinearSolution` of the last adjoint or tangent solve, with a bound
+            of its error.
 
     Raises:
-        ValueError: If an option is unknown or `block` is not a module.
+        ValueError: If an option's value is unknown or `block` is not a module.
+        TypeError: If there is no such option.
 
     Example:
         >>> from deqlqr.blocks import DenseBlock
@@ -74,63 +84,76 @@ class DEQ(nn.Module):
         solver: str | Solver = "anderson",
         tol: float | None = None,
         max_steps: int | None = None,
-        backward: Backward = "implicit",
+        backward: str | Adjoint = "implicit",
         on_failure: OnFailure = "raise",
-        state_shape: Sequence[int] | None = None,
+        state_shape: Sequence[Any] | None = None,
+        warm_start: bool = False,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        for name in unknown:
+            known = list(inspect.signature(DEQ.__init__).parameters)[1:-1]
+            raise TypeError(unknown_option("DEQ", name, known))
         if not isinstance(block, nn.Module):
             raise ValueError(f"block must be an nn.Module f(z, x), got {type(block).__name__}.")
         self.block = block
         self.solver = make_solver(solver, tol, max_steps)
-        self.backward = choice("backward", backward, get_args(Backward))
+        self.backward = backward
+        make_adjoint(backward)
         self.on_failure = choice("on_failure", on_failure, get_args(OnFailure))
-        self.state_shape = None if state_shape is None else tuple(state_shape)
+        self.state_shape = None if state_shape is None else StateShape.declared(state_shape)
+        self.warm_start = warm_start
         self.solution: FixedPointSolution | None = None
-        self.backward_solution: FixedPointSolution | None = None
+        self.backward_solution: LinearSolution | None = None
         self._tap: Tap | None = None
+        self._warm: dict[tuple[str, Hashable], Tensor] = {}
+        self._divisible: dict[bool, bool | None] = {}  # by training mode
 
-    def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
+    def forward(
+        self, *inputs: Any, z0: Any = None, key: Hashable = None, **shared: Any
+    ) -> Any:
         """Return z* (batch, *state) for the injection x (batch, ...).
 
         Args:
-            x: Injection, handed to the block as its second argument.
-            z0: Start of the forward solve; zeros if `None`. It carries no gradient.
+            inputs: What the block takes after z; tensors are per sample, the first is x.
+            z0: Start of the forward solve, `(batch, *state)`; zeros if `None`. No gradient.
+            key: Names the batch for `warm_start`, e.g. its number in a fixed order of the data.
+            shared: Keywords of the block, the same for all samples.
 
         Returns:
-            z*, certified by `solution`.
+            z*, certified by `solution`; a tuple if the state is one.
 
         Raises:
-            ValueError: If the block changes the shape of z, or z0 has another shape.
+            ValueError: If the block changes the shape of z, or z0 or an input does not fit.
             ConvergenceError: If a sample has no fixed point and `on_failure` is `"raise"`.
         """
         if self._tap is not None:
-            return self._tap.record(self.block, x)
-        start = self.initial_state(x) if z0 is None else z0
-        if start.shape[0] != x.shape[0]:
-            raise ValueError(f"z0 must have batch size {x.shape[0]}, got {start.shape[0]}.")
-        solve = lambda z: self._checked(z, x)
-        self.solution = fixed_point(solve, start, solver=self.solver, throw=False)
-        self._report(self.solution, "fixed point of the block")
-        named = {name: p for name, p in self.block.named_parameters() if p.requires_grad}
+            return self._tap.record(self.block, *inputs, **shared)
+        one_forward_level("the DEQ layer")
+        call = _Call(self, inputs, shared, z0, key)
+        z = equilibrium(call.problem, call.start, call.tensors)
+        return call.shape.unflatten(z)
 
-        def f(z: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
-            return functional_call(self.block, dict(zip(named, parameters, strict=True)), (z, x))
-
-        return equilibrium(f, self.solution.value, (x, *named.values()), self._solve_adjoint)
-
-    def initial_state(self, x: Tensor) -> Tensor:
-        """Return the zero state (batch, *state) that belongs to the injection x."""
+    def initial_state(self, *inputs: Any) -> Any:
+        """Return the zero state (batch, *state) that belongs to the inputs."""
+        x = inputs[0]
         if self.state_shape is not None:
             shape = self.state_shape
         elif callable(own := getattr(self.block, "state_shape", None)):
-            shape = tuple(own(x))
+            shape = StateShape.declared(own(*inputs))
         else:
-            shape = tuple(x.shape[1:])
-        return x.new_zeros(x.shape[0], *shape)
+            shape = StateShape((tuple(x.shape[1:]),), True)
+        real = x if x.is_floating_point() else next(self.block.parameters(), torch.empty(0))
+        return shape.unflatten(
+            torch.zeros(x.shape[0], shape.size, dtype=real.dtype, device=x.device)
+        )
+
+    def forget(self) -> None:
+        """Drop what `warm_start` has kept."""
+        self._warm.clear()
 
     @contextmanager
-    def tapped(self, z: Tensor) -> Generator["Tap", None, None]:
+    def tapped(self, z: Any) -> Generator["Tap", None, None]:
         """Within the context the layer returns z and records f(z, x) instead of solving."""
         if self._tap is not None:
             raise ValueError("the DEQ layer is being linearised already.")
@@ -144,32 +167,8 @@ class DEQ(nn.Module):
         """Show the options."""
         return f"solver={self.solver}, backward={self.backward!r}, on_failure={self.on_failure!r}"
 
-    def _checked(self, z: Tensor, x: Tensor) -> Tensor:
-        fz = self.block(z, x)
-        if not isinstance(fz, Tensor) or fz.shape != z.shape:
-            got = tuple(fz.shape) if isinstance(fz, Tensor) else type(fz).__name__
-            raise ValueError(
-                f"block must return f(z, x) with the shape of z: expected {tuple(z.shape)}, got "
-                f"{got}. If the state differs in shape from the input, give DEQ state_shape=... "
-                "or the block a method state_shape(x)."
-            )
-        return fz
-
-    def _solve_adjoint(self, vjp: Map, cotangent: Tensor) -> Tensor:
-        if self.backward == "lqr":
-            return lqr_costate(vjp, cotangent)
-        step = lambda lam: cotangent + vjp(lam)  # (D1)
-        # The cotangent sets the scale of (D1); at unit scale (FP1) is a relative test.
-        scale = torch.linalg.vector_norm(cotangent.flatten(1), dim=-1)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        scale = scale.view(-1, *[1] * (cotangent.dim() - 1))
-        unit = lambda lam: step(lam * scale) / scale
-        found = fixed_point(unit, cotangent / scale, solver=self.solver, throw=False)
-        self.backward_solution = found
-        self._report(found, "adjoint (D1) of the block")
-        return found.value * scale
-
-    def _report(self, solution: FixedPointSolution, what: str) -> None:
+    def report(self, solution: FixedPointSolution | LinearSolution, what: str) -> None:
+        """Do with failed samples what `on_failure` says."""
         if self.on_failure == "raise":
             solution.raise_if_failed(what)
         elif self.on_failure == "warn":
@@ -180,17 +179,164 @@ class DEQ(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last solutions out of copies and pickles."""
-        return {**super().__getstate__(), "solution": None, "backward_solution": None}
+        gone = {"solution": None, "backward_solution": None, "_warm": {}}
+        return {**super().__getstate__(), **gone}
+
+
+class _Call:
+    """One forward pass: the block as a flat map of its tensors, and how it is solved.
+
+    Attributes:
+        problem: The `Problem`.
+        start: z0 (batch, n).
+        tensors: Per-sample inputs, then shared tensors, parameters and buffers.
+        shape: Shape of the state.
+    """
+
+    def __init__(
+        self, layer: DEQ, inputs: tuple[Any, ...], shared: dict[str, Any], z0: Any, key: Hashable
+    ) -> None:
+        if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() < 1:
+            raise ValueError("the DEQ layer needs an input tensor x (batch, ...) to be called with.")
+        self.layer, self.inputs, self.shared, self.key = layer, inputs, shared, key
+        batch = inputs[0].shape[0]
+        for i, x in enumerate(inputs):
+            if isinstance(x, Tensor) and (x.dim() < 1 or x.shape[0] != batch):
+                raise ValueError(
+                    f"input {i} must have batch size {batch} like input 0, got {tuple(x.shape)}; "
+                    "what all samples share is given by keyword."
+                )
+        start = layer.initial_state(*inputs) if z0 is None else z0
+        self.shape = StateShape.of(start, "z0")
+        first = start if self.shape.single else start[0]
+        if first.shape[0] != batch:
+            raise ValueError(f"z0 must have batch size {batch}, got {first.shape[0]}.")
+        self.start = self._warmed("z", self.shape.flatten(start).detach())
+        self.frozen = Frozen(layer.block, first.device)
+        own = [x for x in inputs if isinstance(x, Tensor)]
+        keywords = {name: v for name, v in shared.items() if isinstance(v, Tensor)}
+        self.named = tensors_of(layer.block)
+        self.keywords, self.count = list(keywords), len(own)
+        self.tensors = (*own, *keywords.values(), *self.named.values())
+        adjoint = make_adjoint(layer.backward)
+        self.adjoint = adjoint
+        self.problem = Problem(
+            f=self.evaluate,
+            per_sample=(True,) * len(own) + (False,) * (len(self.tensors) - len(own)),
+            solve=self._solve,
+            solve_linear=self._solve_linear,
+            neumann=adjoint if isinstance(adjoint, Neumann) else None,
+        )
+
+    def evaluate(self, z: Tensor, *tensors: Tensor) -> Tensor:
+        """Return f(z) flat, with the tensors given in place of the layer's own."""
+        own, rest = tensors[: self.count], tensors[self.count :]
+        keywords = dict(zip(self.keywords, rest, strict=False))
+        given = dict(zip(self.named, rest[len(keywords) :], strict=True))
+        inputs, shared = self._arguments(own, keywords)
+        state = self.shape.unflatten(z)
+        return self._checked(
+            lambda: functional_call(self.layer.block, given, (state, *inputs), shared), len(z)
+        )
+
+    def _direct(self, z: Tensor, *own: Tensor) -> Tensor:
+        """Return f(z) flat of the block as it stands: as `evaluate`, without its overhead."""
+        inputs, shared = self._arguments(own, {})
+        state = self.shape.unflatten(z)
+        return self._checked(lambda: self.layer.block(state, *inputs, **shared), len(z))
+
+    def _arguments(
+        self, own: tuple[Tensor, ...], keywords: dict[str, Tensor]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        if len(own) == len(self.inputs):
+            return list(own), {**self.shared, **keywords}
+        tensors = iter(own)
+        inputs = [next(tensors) if isinstance(x, Tensor) else x for x in self.inputs]
+        return inputs, {**self.shared, **keywords}
+
+    def _checked(self, evaluate: Callable[[], Any], batch: int) -> Tensor:
+        return self.shape.require(
+            self.frozen(evaluate), batch, "block must return f(z, x) with the shape of z", _HINT
+        )
+
+    def _solve(self, f: Flat, z0: Tensor, tensors: tuple[Tensor, ...], divisible: bool) -> Tensor:
+        layer, block = self.layer, self.layer.block
+        direct = f == self.evaluate and all(
+            a is b for a, b in zip(tensors, self.tensors, strict=True)
+        )
+        own, rest = tensors[: self.count], tensors[self.count :]
+        probe = (lambda z, *x: self._direct(z, *x)) if direct else (lambda z, *x: f(z, *x, *rest))
+        known = layer._divisible.get(block.training) if divisible else False
+        rows = _Rows(probe, own, known, self.frozen)
+        found = solve_flat(rows, z0, layer.solver)
+        if divisible and not self.frozen.random:
+            layer._divisible[block.training] = rows.divisible
+        if self.frozen.autocast[0]:
+            torch.clear_autocast_cache()  # weights cast without a graph must not be used with one
+        if direct and self.frozen.norms:
+            self.frozen.update_statistics(lambda: self._direct(found.value, *own))
+        if self.frozen.random:
+            self.frozen.advance()
+        layer.solution = FixedPointSolution(
+            self.shape.unflatten(found.value), found.result, found.evaluations, found.residual,
+            found.rows,
+        )  # fmt: skip
+        self._keep("z", found.value)
+        layer.report(layer.solution, "fixed point of the block")
+        return found.value
+
+    def _solve_linear(self, product: Product, right: Tensor) -> Tensor:
+        layer, dtype = self.layer, right.dtype
+        work = right.float() if torch.finfo(dtype).bits < 32 else right
+        start = self._warmed("lam", None, like=work)
+        tol = layer.solver.tolerance(dtype)
+        with torch.no_grad():
+            found = self.adjoint.solve(product, work, tol, start)
+        layer.backward_solution = found
+        self._keep("lam", found.value)
+        layer.report(found, "adjoint (D1) of the block")
+        return found.value.to(dtype)
+
+    def _warmed(self, kind: str, cold: Any, like: Tensor | None = None) -> Any:
+        kept = self.layer._warm.get((kind, self.key)) if self.layer.warm_start else None
+        wanted = cold if like is None else like
+        fits = kept is not None and kept.shape == wanted.shape and kept.device == wanted.device
+        return kept.to(wanted.dtype) if fits else cold
+
+    def _keep(self, kind: str, value: Tensor) -> None:
+        if self.layer.warm_start and bool(value.isfinite().all()):
+            self.layer._warm[kind, self.key] = value.detach()
+
+
+_HINT = (
+    " If the state differs in shape from the input, give DEQ state_shape=... or the block a method "
+    "state_shape(x)."
+)
+
+
+class _Rows(RowMap):
+    """A map that turns out after its first evaluation to draw random numbers, which have rows."""
+
+    def __init__(
+        self, f: Flat, inputs: tuple[Tensor, ...], divisible: bool | None, frozen: Frozen
+    ) -> None:
+        super().__init__(f, inputs, divisible)
+        self.frozen = frozen
+
+    def split(self, keep: Tensor, z: Tensor, fz: Tensor) -> RowMap:
+        if self.frozen.random:
+            self.divisible = False
+        return super().split(keep, z, fz)
 
 
 class Tap:
     """Stands in for a DEQ layer while its model is linearised: gives z, keeps f(z, x)."""
 
-    def __init__(self, z: Tensor) -> None:
+    def __init__(self, z: Any) -> None:
         self.z = z
-        self.fz: Tensor | None = None
+        self.fz: Any = None
 
-    def record(self, block: nn.Module, x: Tensor) -> Tensor:
+    def record(self, block: nn.Module, *inputs: Any, **shared: Any) -> Any:
         """Evaluate the block at the tap's state.
 
         Returns:
@@ -201,111 +347,18 @@ class Tap:
         """
         if self.fz is not None:
             raise ValueError("the model calls its DEQ layer more than once in one forward pass.")
-        self.fz = block(self.z, x)
+        self.fz = block(self.z, *inputs, **shared)
         return self.z
 
 
-def equilibrium(
-    f: Callable[..., Tensor], z: Tensor, inputs: Sequence[Tensor], solve_adjoint: SolveAdjoint
-) -> Tensor:
-    """Return the fixed point z with the gradient of the equilibrium in its graph.
-
-    Args:
-        f: `(z, *inputs) -> f(z)`, differentiable in every argument.
-        z: Fixed point of `f(., *inputs)`, detached.
-        inputs: All tensors the fixed point depends on and that may need a gradient.
-        solve_adjoint: `(vjp, cotangent) -> lam` that solves (D1).
-    """
-    return _Equilibrium.apply(f, z, solve_adjoint, *inputs)
-
-
-class _Equilibrium(torch.autograd.Function):
-    """Forward hands z* through; backward is (D1), (D2).
-
-    Under `create_graph` lam is itself an equilibrium, of lam = g + A' lam with the inputs g, z*
-    and those of f, so derivatives of every order are exact.
-    """
-
-    @staticmethod
-    def forward(f: Callable, z: Tensor, solve_adjoint: SolveAdjoint, *inputs: Tensor) -> Tensor:
-        return z.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.f, _, ctx.solve_adjoint, *tensors = inputs
-        ctx.save_for_backward(output, *tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        (g,) = cotangents
-        saved = ctx.saved_tensors
-        differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Views: derivatives with respect to them are partial, yet they keep their history,
-            # so that a second derivative reaches the inputs through z* too.
-            z, *inputs = (t.view_as(t) if t.requires_grad else t for t in saved)
-            if not z.requires_grad:
-                z.requires_grad_()
-            fz = ctx.f(z, *inputs)
-
-        def vjp(lam: Tensor) -> Tensor:
-            return torch.autograd.grad(fz, z, lam, retain_graph=True)[0]
-
-        with torch.no_grad():
-            lam = ctx.solve_adjoint(vjp, g.detach())
-        if differentiable:
-            adjoint = lambda lam, g, z, *inputs: g + _vjp_in_z(ctx.f, lam, z, *inputs)
-            lam = equilibrium(adjoint, lam, (g, z, *inputs), ctx.solve_adjoint)
-        wanted = [t for t in inputs if t.requires_grad]
-        grads = iter(
-            torch.autograd.grad(fz, wanted, lam, create_graph=differentiable, allow_unused=True)
-            if wanted
-            else ()
-        )  # (D2)
-        return None, None, None, *(next(grads) if t.requires_grad else None for t in inputs)
-
-
-def _vjp_in_z(f: Callable[..., Tensor], lam: Tensor, z: Tensor, *inputs: Tensor) -> Tensor:
-    """Return A' lam, differentiable in every argument."""
-    with torch.enable_grad():
-        at = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
-        return torch.autograd.grad(f(at, *inputs), at, lam, create_graph=True)[0]
-
-
-def lqr_costate(vjp: Map, cotangent: Tensor) -> Tensor:
-    """Return lam of (D1) as the costate of the LQR with Q = 0, M = 0, R = I (theorem 4.2.1).
-
-    Args:
-        vjp: `lam -> A' lam`, batched; it is called once per state component to form A.
-        cotangent: a, shape `(batch, *state)`.
-
-    Raises:
-        ConvergenceError: If the LQR has no steady state, or the samples are not independent.
-    """
-    batch, n = cotangent.shape[0], math.prod(cotangent.shape[1:])
-    eye = torch.eye(n, dtype=cotangent.dtype, device=cotangent.device)
-    rows = [vjp(e.expand(batch, n).reshape(cotangent.shape)) for e in eye]
-    A = torch.stack([row.reshape(batch, n) for row in rows], dim=-2)
-    # B enters (R2) only through P, which is zero: one control is enough to state the problem.
-    zeros = A.new_zeros
-    lqr = LQR(
-        A=A,
-        B=zeros(batch, n, 1),
-        Q=zeros(batch, n, n),
-        R=torch.ones_like(zeros(batch, 1, 1)),
-        M=zeros(batch, 1, n),
-        a=cotangent.reshape(batch, n),
-        b=zeros(batch, 1),
-    )
-    lam = steady_state(lqr).lam.reshape(cotangent.shape)
-    residual = float((cotangent + vjp(lam) - lam).norm())
-    scale = float(lam.norm()) + float(cotangent.norm())
-    if not residual <= 1e3 * torch.finfo(lam.dtype).eps * n * max(scale, 1e-30):
-        raise ConvergenceError(
-            f"LQR backward path: (D1) holds only to {residual:.2e}; the block mixes the samples "
-            "of a batch (batch normalisation in training mode?), or I - A is singular."
-        )
-    return lam
+def tensors_of(block: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, those of a `DataParallel` replica too."""
+    named: dict[str, Tensor] = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    for prefix, module in block.named_modules():
+        # In a replica parameters are plain attributes, so that gradients reach the original.
+        for name, p in getattr(module, "_former_parameters", {}).items():
+            named[f"{prefix}.{name}" if prefix else name] = p
+    return named
 
 
 def find_deq(model: nn.Module) -> DEQ:

@@ -23,12 +23,13 @@ from deqlqr.controls import Controls
 from deqlqr.dare import spectral_radius
 from deqlqr.deq import DEQ, find_deq
 from deqlqr.divergence import Divergence, DivergenceLike, Euclidean, Newton, OutputDivergence
-from deqlqr.fixed_point import Anderson, Picard, fixed_point
+from deqlqr.fixed_point import fixed_point
 from deqlqr.linearize import choose_divergence, linearize_samples
 from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
 from deqlqr.riccati import solve_dare
 from deqlqr.solution import ConvergenceError
+from deqlqr.solvers import Anderson, Picard
 from deqlqr.steady_state import curvature, static_step, steady_state
 
 _GRADIENT_TOLERANCE = 1e-9
@@ -236,7 +237,7 @@ class _Check:
             handle.remove()
         solver = Picard(tol=1e-13, max_steps=2000)
         found = fixed_point(
-            lambda z: self.layer.block(z, tapped[0]), start, solver=solver, throw=False
+            self.layer.block, start, inputs=tapped[:1], solver=solver, throw=False
         )
         if not bool(found.converged.all()):
             raise _Skip("plain iteration does not converge on this model")

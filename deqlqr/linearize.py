@@ -32,10 +32,10 @@ from deqlqr.divergence import (
     OutputDivergence,
     make_divergence,
 )
-from deqlqr.fixed_point import FixedPointSolution
 from deqlqr.input_cost import InputCost
 from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
+from deqlqr.solver import FixedPointSolution
 
 Minibatch = Literal["exact", "per-sample"]
 

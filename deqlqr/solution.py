@@ -30,6 +30,11 @@ class FixedPointResult(ResultCode):
     )
     DIVERGED = 2, "The residual grew without bound: the block has no attracting fixed point here."
     NON_FINITE = 3, "The block returned inf or NaN (check the input and the parameters)."
+    STALLED = (
+        4,
+        "The residual has not fallen for `patience` evaluations: `tol` is below what the dtype can "
+        "resolve, or the iteration runs in a cycle (try a damped one, or `newton-krylov`).",
+    )
 
 
 class DareResult(ResultCode):

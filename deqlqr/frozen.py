@@ -1,0 +1,106 @@
+"""One solve, one map: what would change between evaluations of a block is held still.
+
+Random numbers (dropout, noise) start from the same state at every evaluation, batch normalisation
+normalises by its running statistics, and autocast is as it was when the solve began, also when the
+block is evaluated again in the backward pass. The running statistics take part in training by one
+evaluation at the fixed point.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+T = TypeVar("T")
+
+
+class Frozen:
+    """Calls functions of a block under the state of the moment at which this was made.
+
+    Random numbers of `torch.Generator` objects of the block's own are not held.
+
+    Attributes:
+        random: The block draws random numbers; `None` before its first evaluation. Such a block
+            must be given the whole batch, for its draws belong to rows.
+    """
+
+    def __init__(self, block: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.modes = [(module, module.training) for module in block.modules()]
+        self.norms = [
+            module
+            for module, training in self.modes
+            if training and isinstance(module, _NormBase) and module.running_mean is not None
+        ]
+        for i, (module, _) in enumerate(self.modes):
+            if module in self.norms:
+                self.modes[i] = module, False
+        self.autocast = self._autocast()
+        self.random: bool | None = None
+        self._start: list[Tensor] = []
+        self._end: list[Tensor] = []
+
+    def __call__(self, evaluate: Callable[[], T]) -> T:
+        """Return `evaluate()`, under the state held."""
+        with ExitStack() as stack:
+            wrong = [module for module, training in self.modes if module.training != training]
+            for module in wrong:
+                module.training = not module.training
+            stack.callback(_switch, wrong)
+            if self._autocast() != self.autocast:
+                enabled, dtype = self.autocast
+                stack.enter_context(torch.autocast(self.device.type, dtype, enabled=enabled))
+            if self.random is None:
+                return self._first(evaluate)
+            if self.random:
+                stack.callback(self._set_states, self._states())
+                self._set_states(self._start)
+            return evaluate()
+
+    def _first(self, evaluate: Callable[[], T]) -> T:
+        before = self._states()
+        value = evaluate()
+        after = self._states()
+        self.random = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        if self.random:
+            self._start, self._end = before, after
+        return value
+
+    def advance(self) -> None:
+        """Leave the random numbers where one evaluation would have left them."""
+        self._set_states(self._end)
+
+    @torch.no_grad()
+    def update_statistics(self, evaluate: Callable[[], object]) -> None:
+        """Let batch normalisation see the fixed point once."""
+        if self.norms:
+            for norm in self.norms:
+                norm.training = True
+            held, self.modes = self.modes, []
+            try:
+                self(evaluate)
+            finally:
+                self.modes = held
+
+    def _autocast(self) -> tuple[bool, torch.dtype]:
+        kind = self.device.type
+        return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def _states(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
+
+    def _set_states(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self.device)
+
+
+def _switch(modules: list[nn.Module]) -> None:
+    for module in modules:
+        module.training = not module.training

@@ -1,0 +1,245 @@
+"""Linear fixed points x = c + L x, i.e. (I - L)^-1, sample by sample, from products with L.
+
+The adjoint (D1) and the tangent of an equilibrium are of this kind, with L = A' and L = A. Few
+states: L is formed and I - L factorised once. Many: the generalised conjugate residual method
+
+    (L1)  q = p - L p, orthonormal to the earlier q;   x <- x + (q'r) p,   r <- r - (q'r) q
+
+whose pairs (p, q) are kept, so that every further right side starts from their span.
+
+    (L2)  ||x - x*|| <= ||(I - L)^-1|| ||r||,   r = c - (I - L) x
+
+The norm in (L2) is exact where I - L is factorised. Where it is not, it is estimated: by the pairs
+(p, q) if the solve converged, and by iterating r a little further if it did not.
+
+Source: S. C. Eisenstat, H. C. Elman, M. H. Schultz (1983), Variational iterative methods for
+nonsymmetric systems of linear equations, SIAM J. Numer. Anal. 20(2), doi:10.1137/0720023.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deqlqr._linalg import LUFactor, identity_like, lu_factor
+from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failures
+from deqlqr.solver import RowMap
+from deqlqr.solvers import Anderson
+
+Product = Callable[[Tensor], Tensor]
+
+_PAIRS = 60  # kept; then the oldest give way
+_FURTHER = 8  # products after a failure, to see how the error goes on
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """x = c + L x per sample, with its certificate.
+
+    Attributes:
+        value: x, `(batch, n)`, or `(batch, k, n)` for k right sides.
+        result: A `FixedPointResult` code per sample, `(batch,)`.
+        evaluations: Products with L, `(batch,)`.
+        residual: `||c + L x - x|| / ||c||`, the largest of the right sides, `(batch,)`.
+        error: Bound (L2) of `||x - x*|| / ||x||`, the same; inf where nothing can be said.
+    """
+
+    value: Tensor
+    result: Tensor
+    evaluations: Tensor
+    residual: Tensor
+    error: Tensor
+
+    @property
+    def converged(self) -> Tensor:
+        """Boolean per sample, shape `(batch,)`."""
+        return self.result == FixedPointResult.CONVERGED
+
+    def raise_if_failed(self, what: str = "linear solve") -> "LinearSolution":
+        """Return `self`, or raise naming the samples that failed.
+
+        Raises:
+            ConvergenceError: If any sample did not converge.
+        """
+        message = describe_failures(self.result, FixedPointResult, what)
+        if message is not None:
+            worst = float(self.error.nan_to_num(nan=float("inf")).max())
+            raise ConvergenceError(f"{message} Relative error up to {worst:.1e}.", self)
+        return self
+
+
+class Resolvent:
+    """(I - L)^-1, made once and applied to as many right sides as wanted.
+
+    Args:
+        product: x (batch, n) -> L x. Samples must be independent.
+        tol: Largest `||c + L x - x|| / ||c||`.
+        max_steps: Most products a right side may take.
+        dense: Form L and factorise; costs n products.
+    """
+
+    def __init__(self, product: Product, *, tol: float, max_steps: int, dense: bool) -> None:
+        self.product, self.tol, self.max_steps, self.dense = product, tol, max_steps, dense
+        self.products = 0
+        self._factor: tuple[Tensor, LUFactor, Tensor] | None = None
+        self._p: list[Tensor] = []
+        self._q: list[Tensor] = []
+
+    def solve(self, right: Tensor, start: Tensor | None = None) -> LinearSolution:
+        """Solve for c = `right` (batch, n) or (batch, k, n), from `start` of the same shape."""
+        several = right.dim() == 3
+        rights = right if several else right[:, None]
+        starts = None if start is None else start if several else start[:, None]
+        if self.dense:
+            found = self._solve_dense(rights)
+        else:
+            parts = [
+                self._solve_krylov(rights[:, k], None if starts is None else starts[:, k])
+                for k in range(rights.shape[1])
+            ]
+            found = LinearSolution(
+                torch.stack([p.value for p in parts], 1),
+                torch.stack([p.result for p in parts]).amax(0),
+                torch.stack([p.evaluations for p in parts]).sum(0),
+                torch.stack([p.residual for p in parts]).amax(0),
+                torch.stack([p.error for p in parts]).amax(0),
+            )
+        if several:
+            return found
+        return LinearSolution(
+            found.value[:, 0], found.result, found.evaluations, found.residual, found.error
+        )
+
+    def _times(self, x: Tensor) -> Tensor:
+        self.products += 1
+        return self.product(x)
+
+    def _solve_dense(self, rights: Tensor) -> LinearSolution:
+        batch, k, n = rights.shape
+        spent = self.products
+        if self._factor is None:
+            unit = identity_like(rights.new_empty(n, n))
+            # Row i of the stack is L e_i, a column of L.
+            L = torch.stack([self._times(e.expand(batch, n)) for e in unit], dim=-1)
+            lu = lu_factor(unit - L)
+            inverse = lu.solve(unit.expand(batch, n, n))
+            self._factor = L, lu, torch.linalg.vector_norm(inverse, dim=(-2, -1))
+        _, lu, size = self._factor
+        x = lu.solve(rights.mT).mT
+        # By a product, not by L: it shows a map that mixes the samples of the batch.
+        r = torch.stack([rights[:, i] + self._times(x[:, i]) - x[:, i] for i in range(k)], 1)
+        return self._certified(rights, x, r, size[:, None], self.products - spent)
+
+    def _solve_krylov(self, right: Tensor, start: Tensor | None) -> LinearSolution:
+        spent = self.products
+        x = torch.zeros_like(right) if start is None else start
+        r = right if start is None else right + self._times(x) - x
+        goal = self.tol * torch.linalg.vector_norm(right, dim=-1)
+        for p, q in zip(self._p, self._q, strict=True):  # what earlier right sides have left
+            step = (q * r).sum(-1, keepdim=True)
+            x, r = x + step * p, r - step * q
+        while self.products - spent < self.max_steps:
+            running = torch.linalg.vector_norm(r, dim=-1) > goal
+            if not running.any():
+                break
+            x, r, moved = self._enlarge(x, r)
+            if not moved:
+                break
+        true = right + self._times(x) - x
+        size = torch.linalg.vector_norm(true, dim=-1)
+        failed = ~(size <= 2 * goal)
+        if failed.any() and self.products - spent < self.max_steps:
+            # Rows that depend on each other have no Krylov space of their own; an iteration may do.
+            x, true = self._iterated(right, x, failed, spent)
+        bound = self._inverse_norm(right)[:, None]
+        found = self._certified(
+            right[:, None], x[:, None], true[:, None], bound, self.products - spent
+        )
+        if found.converged.all():
+            return found
+        further = self._further(true) / torch.linalg.vector_norm(x, dim=-1)
+        error = torch.where(found.converged, found.error, further)
+        return LinearSolution(
+            found.value, found.result, found.evaluations, found.residual, error
+        )
+
+    def _enlarge(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Take one step of (L1)."""
+        p = r
+        for _ in range(2):
+            q = p - self._times(p)
+            before = torch.linalg.vector_norm(q, dim=-1)
+            if self._q:
+                P, Q = torch.stack(self._p, 1), torch.stack(self._q, 1)
+                for _again in range(2):  # once is not enough to keep the q orthogonal
+                    share = torch.bmm(q[:, None], Q.mT)
+                    q, p = q - torch.bmm(share, Q)[:, 0], p - torch.bmm(share, P)[:, 0]
+            size = torch.linalg.vector_norm(q, dim=-1)
+            usable = size > 1e2 * torch.finfo(q.dtype).eps * before
+            inverse = torch.where(usable, 1 / size, 0.0)[:, None]
+            q, p = q * inverse, p * inverse
+            step = (q * r).sum(-1, keepdim=True)
+            self._keep(p, q)
+            x, r_next = x + step * p, r - step * q
+            falls = torch.linalg.vector_norm(r_next, dim=-1) < 0.999 * torch.linalg.vector_norm(
+                r, dim=-1
+            )
+            r = r_next
+            if falls.any() or not usable.any():
+                break
+            p = q  # r is orthogonal to (I - L) r: go on from the last direction instead
+        return x, r, bool(usable.any())
+
+    def _keep(self, p: Tensor, q: Tensor) -> None:
+        self._p.append(p)
+        self._q.append(q)
+        if len(self._p) > _PAIRS:
+            del self._p[0], self._q[0]
+
+    def _iterated(
+        self, right: Tensor, x: Tensor, failed: Tensor, spent: int
+    ) -> tuple[Tensor, Tensor]:
+        left = self.max_steps - (self.products - spent)
+        unit = torch.linalg.vector_norm(right, dim=-1, keepdim=True)
+        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+        f = RowMap(lambda y: (right + self._times(y * unit)) / unit, divisible=False)
+        found = Anderson(tol=self.tol, max_steps=left).solve(f, x.nan_to_num(0, 0, 0) / unit)
+        better = failed & found.converged
+        x = torch.where(better[:, None], found.value * unit, x)
+        return x, right + self._times(x) - x
+
+    def _inverse_norm(self, right: Tensor) -> Tensor:
+        """Return ||(I - L)^-1|| on the span of the q, which the p span as its image."""
+        if not self._p:
+            return torch.ones_like(right[:, 0])
+        P = torch.stack(self._p, 1)
+        return torch.linalg.eigvalsh(P @ P.mT).amax(-1).clamp(min=1.0).sqrt()
+
+    def _further(self, r: Tensor) -> Tensor:
+        """Return about ||(I - L)^-1 r||: some terms of the series, and the tail by their ratio."""
+        total, term = r, r
+        sizes = [torch.linalg.vector_norm(r, dim=-1)]
+        for _ in range(_FURTHER):
+            term = self._times(term)
+            total = total + term
+            sizes.append(torch.linalg.vector_norm(term, dim=-1))
+        ratio = (sizes[-1] / sizes[-4]) ** (1 / 3)
+        tail = torch.where(ratio < 1, sizes[-1] * ratio / (1 - ratio), float("inf"))
+        return torch.linalg.vector_norm(total, dim=-1) + tail
+
+    def _certified(
+        self, rights: Tensor, x: Tensor, r: Tensor, inverse_norm: Tensor, products: int
+    ) -> LinearSolution:
+        norm = lambda v: torch.linalg.vector_norm(v, dim=-1)
+        tiny = torch.finfo(x.dtype).tiny
+        residual = (norm(r) / norm(rights).clamp(min=tiny)).amax(-1)
+        error = (inverse_norm * norm(r) / norm(x).clamp(min=tiny)).amax(-1)
+        # Rounding alone leaves what it leaves, however small tol is.
+        reach = max(2 * self.tol, 1e2 * torch.finfo(x.dtype).eps)
+        result = torch.where(
+            residual <= reach, int(FixedPointResult.CONVERGED), int(FixedPointResult.MAX_STEPS)
+        )
+        finite = residual.isfinite() & x.flatten(1).isfinite().all(-1)
+        result = result.masked_fill(~finite, int(FixedPointResult.NON_FINITE))
+        return LinearSolution(x, result, torch.full_like(result, products), residual, error)

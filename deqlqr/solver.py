@@ -1,0 +1,329 @@
+"""What every fixed-point solver shares: the map it is given, the loop, the verdict per sample.
+
+A solver works on states flattened to (batch, n), and judges each sample alone:
+
+    (FP1)  residual_s = ||f(z_s) - z_s||_2,   converged:  residual_s <= tol * max(1, ||f(z_s)||_2)
+
+A sample that has converged or failed leaves the batch that f is given, so its neighbours cost
+nothing and never see it.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqlqr._checks import unknown_option
+from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failures
+
+_SHRINK = 7 / 8  # of the rows given to f; fewer running ones are gathered into a smaller batch
+
+
+@dataclass(frozen=True)
+class FixedPointSolution:
+    """A fixed point per sample, with its certificate.
+
+    Attributes:
+        value: z, shape `(batch, *state)`, or a tuple of such. Where `result` is not 0: the best
+            iterate seen.
+        result: A `FixedPointResult` code per sample, int64, shape `(batch,)`.
+        evaluations: Evaluations of f (and products with its Jacobian) each sample needed, int64,
+            shape `(batch,)`.
+        residual: `||f(z) - z||_2` of `value`, per sample, shape `(batch,)`.
+        rows: Samples given to f, summed over all evaluations; at least the sum of `evaluations`.
+    """
+
+    value: Any
+    result: Tensor
+    evaluations: Tensor
+    residual: Tensor
+    rows: int
+
+    @property
+    def converged(self) -> Tensor:
+        """Boolean per sample, shape `(batch,)`."""
+        return self.result == FixedPointResult.CONVERGED
+
+    def raise_if_failed(self, what: str = "fixed point") -> "FixedPointSolution":
+        """Return `self`, or raise naming the samples that failed.
+
+        Raises:
+            ConvergenceError: If any sample did not converge.
+        """
+        message = describe_failures(self.result, FixedPointResult, what)
+        if message is not None:
+            worst = float(self.residual.nan_to_num(nan=float("inf")).max())
+            raise ConvergenceError(f"{message} Largest residual {worst:.2e}.", self)
+        return self
+
+
+class RowMap:
+    """A map f(z, *inputs) of z (batch, n) that can be restricted to some of its rows.
+
+    Attributes:
+        rows: Rows evaluated so far, over all restrictions.
+        divisible: Whether rows may be left out: `None` until the first restriction has been
+            compared with the whole. A map that mixes rows is not divisible.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Tensor],
+        inputs: tuple[Any, ...] = (),
+        divisible: bool | None = None,
+    ) -> None:
+        self.f, self.inputs = f, inputs
+        self.divisible = divisible
+        self.rows = 0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return f(z); z may be a part of the batch after `restrict`."""
+        self.rows += len(z)
+        return self.f(z, *self.inputs)
+
+    def f_at(self, z: Tensor) -> Tensor:
+        """Return f(z) outside the accounts, for what is differentiated."""
+        return self.f(z, *self.inputs)
+
+    def restricted(self, keep: Tensor) -> "RowMap":
+        """Return the map of the rows `keep`, as a part of this one's accounts."""
+        part = RowMap(self.f, tuple(x[keep] for x in self.inputs), self.divisible)
+        part.rows = self.rows
+        return part
+
+    def split(self, keep: Tensor, z: Tensor, fz: Tensor) -> "RowMap":
+        """Return the map of the rows `keep`, or this one if rows turn out to depend on others."""
+        if self.divisible is False:
+            return self
+        part = self.restricted(keep)
+        if self.divisible is None:
+            alone, together = part(z[keep]).to(fz.dtype), fz[keep]
+            gap = torch.linalg.vector_norm(alone - together)
+            scale = torch.linalg.vector_norm(together)
+            self.rows, self.divisible = part.rows, bool(gap <= _resolution(fz.dtype) * scale)
+            part.divisible = self.divisible
+        return part if self.divisible else self
+
+
+def _resolution(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps ** 0.5
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Base of all solvers: tolerances, and the loop that is written once.
+
+    Attributes:
+        tol: Tolerance of (FP1). `None` takes 1e-10 where f returns float64, 1e-5 for float32,
+            and twice the machine epsilon for half precision.
+        max_steps: Most evaluations of f per sample.
+        divergence_ratio: A residual this many times the first one is a divergence.
+        patience: Every so many evaluations the best residual must have fallen by a thousandth,
+            or the sample has stalled.
+    """
+
+    tol: float | None = None
+    max_steps: int = 200
+    divergence_ratio: float = 1e8
+    patience: int = 50
+
+    def __new__(cls, *_: Any, **options: Any) -> "Solver":
+        """Refuse options the solver does not have, naming the nearest one it has.
+
+        Raises:
+            TypeError: If an option is unknown.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TypeError(unknown_option(cls.__name__, name, known))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Refuse tolerances that no solve can meet.
+
+        Raises:
+            ValueError: If `tol` is not positive or a number of steps is below 1.
+        """
+        if self.tol is not None and not self.tol > 0:
+            raise ValueError(f"tol must be positive, got {self.tol}.")
+        for name, value in (("max_steps", self.max_steps), ("patience", self.patience)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an int, got {value!r}.")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Return `tol`, or the default where f returns `dtype`."""
+        if self.tol is not None:
+            return self.tol
+        if dtype in (torch.float64, torch.float32):
+            return 1e-10 if dtype == torch.float64 else 1e-5
+        return 2 * torch.finfo(dtype).eps
+
+    @abstractmethod
+    def start(self, z: Tensor) -> "Memory":
+        """Return the memory before the first step; z is (batch, n)."""
+
+    def solve(self, f: RowMap, z: Tensor) -> FixedPointSolution:
+        """Iterate from z (batch, n) until every sample has converged or failed."""
+        run = _Run(self, f, z)
+        memory = self.start(z)
+        for step in range(1, self.max_steps + 1):
+            fz_raw = run.f(run.z)
+            fz = fz_raw.to(z.dtype)
+            growth, kept = run.judge(step, fz_raw, fz, memory)
+            if kept is not None:
+                memory = memory.pick(kept)
+                fz = fz[kept]
+            if run.over:
+                break
+            run.advance(memory.propose(run.f, run.z, fz, run.r, growth, run.best_fz))
+        return run.solution()
+
+
+class Memory:
+    """What a solver remembers of its past iterates; `work` counts products with the Jacobian."""
+
+    work: int = 0
+
+    def pick(self, keep: Tensor) -> "Memory":
+        """Return the memory of the rows `keep`."""
+        return self
+
+    @abstractmethod
+    def propose(
+        self,
+        f: RowMap,
+        z: Tensor,
+        fz: Tensor,
+        r: Tensor,
+        growth: Tensor | None,
+        best_fz: Tensor,
+    ) -> Tensor:
+        """Return the next iterate (batch, n).
+
+        Args:
+            f: The map, for solvers that want products with its Jacobian.
+            z: Iterate.
+            fz: f(z).
+            r: f(z) - z.
+            growth: Residual over the best one seen before, `(batch,)`; `None` where all rows
+                improved.
+            best_fz: f at the best iterate of each row.
+        """
+
+
+class _Run:
+    """One solve: the rows still running, and the verdicts on those that are not."""
+
+    def __init__(self, solver: Solver, f: RowMap, z: Tensor) -> None:
+        batch, device = len(z), z.device
+        self.solver, self.f, self.z = solver, f, z
+        self.tol: float | None = None
+        # On a GPU reading the test on the host stalls the queue, so it is read now and then.
+        self.check_every = 1 if device.type == "cpu" else 4
+        self.value = z.clone()
+        self.result = torch.full((batch,), int(FixedPointResult.MAX_STEPS), device=device)
+        self.evaluations = torch.zeros(batch, dtype=torch.long, device=device)
+        self.residual = torch.full((batch,), float("inf"), dtype=z.dtype, device=device)
+        self.index = torch.arange(batch, device=device)  # of the rows in z
+        self.frozen: Tensor | None = None  # rows of z that have their verdict
+        self.best_z, self.best_fz, self.best = z, z, self.residual
+        self.anchor = self.residual  # the best residual `patience` steps ago
+        self.over = batch == 0
+        self.r = z
+        self._spare: Tensor | None = None
+
+    def judge(
+        self, step: int, fz_raw: Tensor, fz: Tensor, memory: Memory
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Test every row by (FP1); return its growth, and the rows kept if some left."""
+        self._subtract(fz)
+        last = step == self.solver.max_steps
+        if step % self.check_every and not last and step != 1:
+            return None, None
+        size = torch.linalg.vector_norm(self.r, dim=-1)
+        if self.tol is None:
+            self.tol = self.solver.tolerance(fz_raw.dtype)
+            self.limit = self.solver.divergence_ratio * size.clamp(min=1.0)
+        enough = torch.linalg.vector_norm(fz, dim=-1).clamp_(min=1.0).mul_(self.tol)  # (FP1)
+        ordinary = self.frozen is None and not last and step % self.solver.patience
+        if ordinary and ((size > enough) & (size < self.best)).all():
+            self.best_z, self.best_fz, self.best = self.z, fz, size
+            return None, None
+        return self._sort(step, fz, size, (size <= enough) & size.isfinite(), memory)
+
+    def _subtract(self, fz: Tensor) -> None:
+        """Form r = f(z) - z in the memory of the last but one: fresh pages cost as much."""
+        spare, self._spare = self._spare, self.r if self.r is not self.value else None
+        fits = spare is not None and spare.shape == fz.shape and spare is not self.best_z
+        self.r = torch.sub(fz, self.z, out=spare) if fits else fz - self.z
+
+    def _sort(
+        self, step: int, fz: Tensor, size: Tensor, done: Tensor, memory: Memory
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Give their verdict to the rows that are done or lost, and let them leave."""
+        growth, better = size / self.best, (size < self.best) | done
+        if self.frozen is not None:
+            better = better & ~self.frozen
+        if better.all():
+            self.best_z, self.best_fz, self.best = self.z, fz, size
+        else:
+            self.best_z = torch.where(better[:, None], self.z, self.best_z)
+            self.best_fz = torch.where(better[:, None], fz, self.best_fz)
+            self.best = torch.where(better, size, self.best)
+        result = self._verdict(step, size, done)
+        leaving = result >= 0 if self.frozen is None else (result >= 0) & ~self.frozen
+        gone = leaving.nonzero()[:, 0]
+        if len(gone) == 0:
+            return growth, None
+        rows = self.index[gone]
+        self.value[rows], self.residual[rows] = self.best_z[gone], self.best[gone]
+        self.result[rows], self.evaluations[rows] = result[gone], step + memory.work
+        frozen = leaving if self.frozen is None else self.frozen | leaving
+        left = (~frozen).nonzero()[:, 0]
+        self.over = len(left) == 0
+        if self.over:
+            return None, None
+        if len(left) <= _SHRINK * len(frozen) and self._shrink(left, fz):
+            return growth[left], left
+        self.frozen = frozen
+        return growth, None
+
+    def _verdict(self, step: int, size: Tensor, done: Tensor) -> Tensor:
+        """Return the code of each row, or -1 where it goes on."""
+        more = int(FixedPointResult.MAX_STEPS) if step == self.solver.max_steps else -1
+        result = torch.full_like(self.index, more)
+        if step % self.solver.patience == 0:
+            stalled = self.best > 0.999 * self.anchor
+            result = result.masked_fill(stalled, int(FixedPointResult.STALLED))
+            self.anchor = self.best
+        lost = ~(size <= self.limit)
+        if lost.any():
+            result = result.masked_fill(lost, int(FixedPointResult.DIVERGED))
+            result = result.masked_fill(~size.isfinite(), int(FixedPointResult.NON_FINITE))
+        return result.masked_fill(done, int(FixedPointResult.CONVERGED))
+
+    def _shrink(self, left: Tensor, fz: Tensor) -> bool:
+        """Keep only the rows `left` in the batch, if the map allows it."""
+        part = self.f.split(left, self.z, fz)
+        if part is self.f:
+            return False
+        self.f, self.frozen = part, None
+        for name in ("z", "r", "best_z", "best_fz", "best", "anchor", "index", "limit"):
+            setattr(self, name, getattr(self, name)[left])
+        return True
+
+    def advance(self, z: Tensor) -> None:
+        """Take the next iterate; a row with its verdict stays where it is finite."""
+        self.z = z if self.frozen is None else torch.where(self.frozen[:, None], self.best_z, z)
+
+    def solution(self) -> FixedPointSolution:
+        return FixedPointSolution(
+            self.value, self.result, self.evaluations, self.residual, self.f.rows
+        )
+

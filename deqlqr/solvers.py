@@ -1,0 +1,275 @@
+"""The iterations: plain, Anderson and Broyden. Each is a `Solver` and what it remembers.
+
+    (FP2)  Picard:    z <- z + relaxation r,   r = f(z) - z
+    (FP3)  Anderson:  z <- f(z) - gamma' dF,   gamma = argmin || r - gamma' dR ||_2
+    (FP4)  Broyden:   z <- z + H r,   H <- H + (dz - H y) (dz' H) / (dz' H y),   y = r_old - r
+
+H of (FP4) approximates (I - A)^-1 and starts as I.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deqlqr.solver import Memory, RowMap, Solver
+
+# sin^2 of the angle between a difference and the span of others, below which it says nothing new.
+_DEPENDENT = 1e-5
+_TRAFFIC = 2**17  # numbers in a state, above which the time of a step is that of reading memory
+
+
+@dataclass(frozen=True)
+class Picard(Solver):
+    """Plain iteration (FP2), damped where `relaxation` is below 1.
+
+    Converges at the rate of the spectral radius of (1 - relaxation) I + relaxation A.
+
+    Attributes:
+        relaxation: Share of the step taken, in (0, 1].
+    """
+
+    relaxation: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a relaxation out of range.
+
+        Raises:
+            ValueError: If `relaxation` is not in (0, 1].
+        """
+        super().__post_init__()
+        if not 0 < self.relaxation <= 1:
+            raise ValueError(f"relaxation must lie in (0, 1], got {self.relaxation}.")
+
+    def start(self, z: Tensor) -> Memory:
+        """Return a memory of nothing."""
+        return _Picard(self.relaxation)
+
+
+class _Picard(Memory):
+    def __init__(self, relaxation: float) -> None:
+        self.relaxation = relaxation
+
+    def propose(
+        self,
+        f: RowMap,
+        z: Tensor,
+        fz: Tensor,
+        r: Tensor,
+        growth: Tensor | None,
+        best_fz: Tensor,
+    ) -> Tensor:
+        return fz if self.relaxation == 1 else torch.add(z, r, alpha=self.relaxation)  # (FP2)
+
+
+@dataclass(frozen=True)
+class Anderson(Solver):
+    """Anderson acceleration (FP3), type II, per sample, alternating with plain steps.
+
+    Every `period`-th step is extrapolated from the last differences, the others are plain: as few
+    evaluations as extrapolating always, at a third of the work. The least-squares problem is
+    solved from normal equations with a ridge relative to each column; a difference that depends
+    on newer ones is dropped. A sample whose residual exceeds `restart_ratio` times its best
+    restarts from its best iterate with an empty memory.
+
+    Attributes:
+        memory: Differences kept; a multiple of `period`.
+        period: Steps from one extrapolation to the next; 1 is the classical method.
+        ridge: Ridge relative to the columns' squares; `None` takes the machine epsilon.
+        restart_ratio: Growth over the best residual that triggers a restart.
+
+    References:
+        H. Walker and P. Ni (2011). Anderson acceleration for fixed-point iterations.
+        SIAM J. Numer. Anal. 49(4). doi:10.1137/10078356X.
+        P. Pratapa, P. Suryanarayana and J. Pask (2016). Anderson acceleration of the Jacobi
+        iterative method: an efficient alternative to Krylov methods. J. Comput. Phys. 306.
+        doi:10.1016/j.jcp.2015.11.018.
+    """
+
+    memory: int = 9
+    period: int = 3
+    ridge: float | None = None
+    restart_ratio: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuse a memory that does not fit.
+
+        Raises:
+            ValueError: If `period` is below 1 or `memory` is not a positive multiple of it.
+        """
+        super().__post_init__()
+        if self.period < 1:
+            raise ValueError(f"period must be at least 1, got {self.period}.")
+        if self.memory < 1 or self.memory % self.period:
+            raise ValueError(
+                f"memory must be at least 1 and a multiple of period {self.period}, "
+                f"got {self.memory}."
+            )
+
+    def start(self, z: Tensor) -> Memory:
+        """Return an empty memory for iterates like z (batch, n)."""
+        return _Anderson(self, z)
+
+
+class _Anderson(Memory):
+    def __init__(self, solver: Anderson, z: Tensor) -> None:
+        eps = torch.finfo(z.dtype).eps
+        batch, n, m = *z.shape, solver.memory
+        # The differences only steer: float32 keeps the digits they need, at half the traffic.
+        like = {"dtype": torch.float32 if z.numel() > _TRAFFIC else z.dtype, "device": z.device}
+        self.dF = torch.empty(batch, m, n, **like)  # of f(z)
+        self.dR = torch.empty(batch, m, n, **like)  # of f(z) - z
+        self.gram = torch.zeros(batch, m, m, **like)
+        self.ridged = 1 + torch.eye(m, **like) * (eps if solver.ridge is None else solver.ridge)
+        self.least = torch.zeros(batch, m, **like)  # diagonal that Cholesky must leave
+        self.solver, self.fz, self.r, self.step = solver, z, z, 0
+
+    def pick(self, keep: Tensor) -> Memory:
+        for name in ("dF", "dR", "gram", "least", "fz", "r"):
+            setattr(self, name, getattr(self, name)[keep])
+        return self
+
+    def propose(
+        self,
+        f: RowMap,
+        z: Tensor,
+        fz: Tensor,
+        r: Tensor,
+        growth: Tensor | None,
+        best_fz: Tensor,
+    ) -> Tensor:
+        m, period = self.solver.memory, self.solver.period
+        if self.step > 0:
+            slot = (self.step - 1) % m
+            torch.sub(fz, self.fz, out=self.dF[:, slot])
+            torch.sub(r, self.r, out=self.dR[:, slot])
+        self.fz, self.r, self.step = fz, r, self.step + 1
+        restart = None if growth is None else self._restart(growth)
+        if self.step > 1 and (self.step - 1) % period == 0:
+            fz = self._extrapolated(fz, r, slice(slot + 1 - period, slot + 1))
+        return fz if restart is None else torch.where(restart[:, None], best_fz, fz)
+
+    def _extrapolated(self, fz: Tensor, r: Tensor, new: slice) -> Tensor:
+        """Return the iterate of (FP3); the slots `new` were filled since the last time."""
+        used = min(self.step - 1, self.solver.memory)
+        dR, gram, least = self.dR[:, :used], self.gram[:, :used, :used], self.least[:, :used]
+        # Rows times a matrix: BLAS takes ten times as long over a matrix times columns.
+        products = torch.bmm(dR[:, new], dR.mT) * self.ridged[new, :used]
+        gram[:, new] = products
+        gram[:, :, new] = products.mT
+        torch.sqrt(_DEPENDENT * products.diagonal(new.start, -2, -1), out=least[:, new])
+        right = torch.bmm(r[:, None].to(dR.dtype), dR.mT).mT
+        L, _ = torch.linalg.cholesky_ex(gram)  # where it fails, a diagonal entry is not positive
+        if (L.diagonal(dim1=-2, dim2=-1) > least).all():
+            gamma = torch.cholesky_solve(right, L)
+        else:
+            gamma = _without_dependent(gram, right, new.stop - 1)
+        return fz - torch.bmm(gamma.mT, self.dF[:, :used])[:, 0]  # (FP3)
+
+    def _restart(self, growth: Tensor) -> Tensor | None:
+        """Empty the memory of the rows whose residual has grown too far; return which."""
+        restart = growth > self.solver.restart_ratio
+        if not restart.any():
+            return None
+        self.dF[restart], self.dR[restart], self.least[restart] = 0.0, 0.0, 0.0
+        self.gram[restart] = torch.eye(
+            self.solver.memory, dtype=self.gram.dtype, device=growth.device
+        )
+        return restart
+
+
+def _without_dependent(gram: Tensor, right: Tensor, newest: int) -> Tensor:
+    """Solve by elimination from the newest column to the oldest, past those that depend."""
+    used = gram.shape[-1]
+    scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    system = torch.cat([gram * inverse[..., None] * inverse[..., None, :],
+                        right * inverse[..., None]], dim=-1)  # fmt: skip
+    for age in range(used):
+        p = (newest - age) % used
+        pivot = system[:, p, p]
+        row = system[:, p] * torch.where(pivot > _DEPENDENT, 1 / pivot, 0.0)[:, None]
+        system = system - system[:, :, p, None] * row[:, None]
+        system[:, p] = row
+    return system[:, :, -1:] * inverse[..., None]
+
+
+@dataclass(frozen=True)
+class Broyden(Solver):
+    """Broyden's good method (FP4), per sample, with limited memory.
+
+    Attributes:
+        memory: Updates kept; when they are used up the iteration restarts with H = I.
+        restart_ratio: Growth over the best residual that triggers a restart of a sample.
+
+    References:
+        C. G. Broyden (1965). A class of methods for solving nonlinear simultaneous equations.
+        Math. Comp. 19. doi:10.1090/S0025-5718-1965-0198670-6.
+    """
+
+    memory: int = 30
+    restart_ratio: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuse an empty memory.
+
+        Raises:
+            ValueError: If `memory` is below 1.
+        """
+        super().__post_init__()
+        if self.memory < 1:
+            raise ValueError(f"memory must be at least 1, got {self.memory}.")
+
+    def start(self, z: Tensor) -> Memory:
+        """Return an empty memory for iterates like z (batch, n)."""
+        return _Broyden(self, z)
+
+
+class _Broyden(Memory):
+    def __init__(self, solver: Broyden, z: Tensor) -> None:
+        self.solver, self.used = solver, 0
+        batch, n, m = *z.shape, solver.memory
+        self.U, self.V = z.new_empty(batch, m, n), z.new_empty(batch, m, n)  # H = I + U'V
+        self.z, self.r, self.first = z, z, True
+
+    def pick(self, keep: Tensor) -> Memory:
+        for name in ("U", "V", "z", "r"):
+            setattr(self, name, getattr(self, name)[keep])
+        return self
+
+    def propose(
+        self,
+        f: RowMap,
+        z: Tensor,
+        fz: Tensor,
+        r: Tensor,
+        growth: Tensor | None,
+        best_fz: Tensor,
+    ) -> Tensor:
+        if not self.first:
+            self._update(z - self.z, self.r - r)
+        self.z, self.r, self.first = z, r, False
+        if growth is None:
+            return z + self._times(r)  # (FP4)
+        restart = growth > self.solver.restart_ratio
+        if restart.any():
+            self.U[restart], self.V[restart] = 0.0, 0.0
+        return torch.where(restart[:, None], best_fz, z + self._times(r))
+
+    def _update(self, dz: Tensor, y: Tensor) -> None:
+        if self.used == self.solver.memory:
+            self.used = 0
+        Hy = self._times(y)
+        U, V = self.U[:, : self.used], self.V[:, : self.used]
+        dzH = torch.baddbmm(dz[:, None], torch.bmm(dz[:, None], U.mT), V)[:, 0]
+        slope = (dzH * y).sum(-1, keepdim=True)
+        tiny = torch.finfo(y.dtype).eps * dzH.norm(dim=-1, keepdim=True) * y.norm(dim=-1, keepdim=True)
+        safe = slope.abs() > tiny
+        self.U[:, self.used] = torch.where(safe, (dz - Hy) / slope, 0.0)
+        self.V[:, self.used] = dzH
+        self.used += 1
+
+    def _times(self, r: Tensor) -> Tensor:
+        """Return H r."""
+        U, V = self.U[:, : self.used], self.V[:, : self.used]
+        return torch.baddbmm(r[:, None], torch.bmm(r[:, None], V.mT), U)[:, 0]
