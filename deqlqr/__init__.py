@@ -22,6 +22,7 @@ from deqlqr.fixed_point import fixed_point
 from deqlqr.input_cost import InputCost
 from deqlqr.linearize import linearize
 from deqlqr.lqr import LQR
+from deqlqr.monitor import Monitor, Observation, jacobian_penalty, jacobian_radius
 from deqlqr.newton_krylov import Fallback, NewtonKrylov
 from deqlqr.optim import ImplicitNGD, StepReport
 from deqlqr.resolvent import LinearSolution, Resolvent
@@ -62,6 +63,10 @@ __all__ = [
     "Neumann",
     "Resolvent",
     "LinearSolution",
+    "Monitor",
+    "Observation",
+    "jacobian_radius",
+    "jacobian_penalty",
     # divergence
     "Divergence",
     "OutputDivergence",

@@ -9,6 +9,12 @@ from deqlqr._checks import choice
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
 
+def _spectral_norm(V: Tensor) -> Tensor:
+    """Return ||V||_2, in float32 where V is in half precision."""
+    wide = V.float() if torch.finfo(V.dtype).bits < 32 else V
+    return torch.linalg.matrix_norm(wide, 2).to(V.dtype)
+
+
 class DenseBlock(nn.Module):
     """f(z, x) = sigma(W z + U x + c), sigma = tanh or relu, with ||W||_2 held at `max_norm`.
 
@@ -77,7 +83,7 @@ class DenseBlock(nn.Module):
         V = self.state.weight
         if self.max_norm is None:
             return V
-        norm = torch.linalg.matrix_norm(V, 2)
+        norm = _spectral_norm(V)
         return V * torch.where(norm > self.max_norm, self.max_norm / norm, torch.ones_like(norm))
 
 
@@ -148,7 +154,7 @@ class ConvBlock(nn.Module):
             for norm in (self.norm1, self.norm2, self.norm3)
         )
         k1, k2 = (
-            3 * torch.linalg.matrix_norm(conv.weight.flatten(1), 2)
+            3 * _spectral_norm(conv.weight.flatten(1))
             for conv in (self.conv1, self.conv2)
         )
         return g3 * (1 + g2 * k2 * g1 * k1)

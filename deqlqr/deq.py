@@ -130,7 +130,7 @@ class DEQ(nn.Module):
         if self._tap is not None:
             return self._tap.record(self.block, *inputs, **shared)
         one_forward_level("the DEQ layer")
-        call = _Call(self, inputs, shared, z0, key)
+        call = Call(self, inputs, shared, z0, key)
         z = equilibrium(call.problem, call.start, call.tensors)
         return call.shape.unflatten(z)
 
@@ -183,7 +183,7 @@ class DEQ(nn.Module):
         return {**super().__getstate__(), **gone}
 
 
-class _Call:
+class Call:
     """One forward pass: the block as a flat map of its tensors, and how it is solved.
 
     Attributes:
@@ -194,7 +194,12 @@ class _Call:
     """
 
     def __init__(
-        self, layer: DEQ, inputs: tuple[Any, ...], shared: dict[str, Any], z0: Any, key: Hashable
+        self,
+        layer: DEQ,
+        inputs: tuple[Any, ...],
+        shared: dict[str, Any],
+        z0: Any = None,
+        key: Hashable = None,
     ) -> None:
         if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() < 1:
             raise ValueError("the DEQ layer needs an input tensor x (batch, ...) to be called with.")

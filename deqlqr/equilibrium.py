@@ -92,7 +92,8 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def forward(problem: Problem, z0: Tensor, *tensors: Tensor) -> Tensor:
         with torch.no_grad():
-            return problem.solve(problem.f, z0, tensors, problem.divisible)
+            z = problem.solve(problem.f, z0, tensors, problem.divisible)
+        return z.clone() if any(z is t for t in (z0, *tensors)) else z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -111,7 +111,7 @@ def solve_flat(f: RowMap, z: Tensor, solver: Solver) -> FixedPointSolution:
     half = torch.finfo(dtype).bits < 32
     if half:
         inner = f.f
-        f = RowMap(lambda z, *x: inner(z.to(dtype), *x), f.inputs, f.divisible)
+        f.f = lambda z, *x: inner(z.to(dtype), *x)
         z = z.float()
     with torch.no_grad():
         found = solver.solve(f, z)

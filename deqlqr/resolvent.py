@@ -99,7 +99,7 @@ class Resolvent:
                 for k in range(rights.shape[1])
             ]
             found = LinearSolution(
-                torch.stack([p.value for p in parts], 1),
+                torch.cat([p.value for p in parts], 1),
                 torch.stack([p.result for p in parts]).amax(0),
                 torch.stack([p.evaluations for p in parts]).sum(0),
                 torch.stack([p.residual for p in parts]).amax(0),

@@ -100,16 +100,18 @@ class RowMap:
             return self
         part = self.restricted(keep)
         if self.divisible is None:
-            alone, together = part(z[keep]).to(fz.dtype), fz[keep]
-            gap = torch.linalg.vector_norm(alone - together)
-            scale = torch.linalg.vector_norm(together)
-            self.rows, self.divisible = part.rows, bool(gap <= _resolution(fz.dtype) * scale)
-            part.divisible = self.divisible
+            self.divisible = part.divisible = self._agrees(part, keep, z, fz)
+            self.rows = part.rows
         return part if self.divisible else self
 
-
-def _resolution(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps ** 0.5
+    @staticmethod
+    def _agrees(part: "RowMap", keep: Tensor, z: Tensor, fz: Tensor) -> bool:
+        try:
+            alone, together = part(z[keep]).to(fz.dtype), fz[keep]
+        except (RuntimeError, ValueError, IndexError):  # it insists on the whole batch's size
+            return False
+        gap = torch.linalg.vector_norm(alone - together)
+        return bool(gap <= torch.finfo(fz.dtype).eps ** 0.5 * torch.linalg.vector_norm(together))
 
 
 @dataclass(frozen=True)

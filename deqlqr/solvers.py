@@ -160,10 +160,11 @@ class _Anderson(Memory):
         torch.sqrt(_DEPENDENT * products.diagonal(new.start, -2, -1), out=least[:, new])
         right = torch.bmm(r[:, None].to(dR.dtype), dR.mT).mT
         L, _ = torch.linalg.cholesky_ex(gram)  # where it fails, a diagonal entry is not positive
-        if (L.diagonal(dim1=-2, dim2=-1) > least).all():
-            gamma = torch.cholesky_solve(right, L)
-        else:
-            gamma = _without_dependent(gram, right, new.stop - 1)
+        good = L.diagonal(dim1=-2, dim2=-1) > least
+        gamma = torch.cholesky_solve(right, L)
+        if not good.all():
+            bad = ~good.all(-1)
+            gamma[bad] = _without_dependent(gram[bad], right[bad], new.stop - 1)
         return fz - torch.bmm(gamma.mT, self.dF[:, :used])[:, 0]  # (FP3)
 
     def _restart(self, growth: Tensor) -> Tensor | None:

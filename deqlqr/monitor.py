@@ -1,0 +1,189 @@
+"""What to watch while a DEQ trains: evaluations, residual, failures, and the spectral radius of A.
+
+    (J1)  penalty = E ||A'e||_2^2 / n,   e standard normal:  ||A||_F^2 / n
+
+Plain iteration converges while the spectral radius of A = df/dz at the fixed point is below 1, and
+an adjoint error is amplified by about 1 / (1 - radius). The radius is a limit, not a Rayleigh
+quotient, so that it is right for matrices that are not normal.
+
+Source of (J1): S. Bai, V. Koltun, J. Z. Kolter (2021), Stabilizing equilibrium models by Jacobian
+regularization, arXiv:2106.14342.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from deqlqr._checks import at_least
+from deqlqr._linalg import identity_like
+from deqlqr.deq import DEQ, Call
+from deqlqr.resolvent import Product
+
+_KRYLOV = 24  # dimension of the space whose Ritz values are taken
+_POWERS = 24  # products before it, which turn the start towards the dominant part
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One look at a DEQ layer, ready to be logged: `vars(observation)` is a flat dictionary.
+
+    Attributes:
+        evaluations: Mean evaluations of f a sample needed, forward.
+        residual: Largest residual.
+        failed: Share of samples without a fixed point.
+        radius: Largest spectral radius of A over the samples looked at.
+        backward_evaluations: Mean products of the last adjoint solve, or `None` before one.
+        backward_error: Largest bound of the adjoint's relative error, or `None`.
+    """
+
+    evaluations: float
+    residual: float
+    failed: float
+    radius: float
+    backward_evaluations: float | None
+    backward_error: float | None
+
+
+class Monitor:
+    """Looks at a layer's last solve and warns before the fixed point is lost.
+
+    Args:
+        layer: The DEQ layer.
+        alarm: Warn (`RuntimeWarning`) when the spectral radius reaches this.
+        samples: Samples whose A is looked at.
+
+    Raises:
+        ValueError: If `alarm` is not positive or `samples` is below 1.
+
+    Example:
+        >>> from deqlqr.blocks import DenseBlock
+        >>> layer = DEQ(DenseBlock(4))
+        >>> monitor = Monitor(layer)
+        >>> x = torch.ones(3, 4)
+        >>> _ = layer(x)
+        >>> monitor.observe(x).failed
+        0.0
+    """
+
+    def __init__(self, layer: DEQ, *, alarm: float = 0.98, samples: int = 4) -> None:
+        self.layer, self.alarm = layer, at_least("alarm", alarm, 0.0, strict=True)
+        self.samples = int(at_least("samples", samples, 1))
+
+    def observe(self, *inputs: Any, **shared: Any) -> Observation:
+        """Return what is known of the layer's last solve, which was for these inputs.
+
+        Raises:
+            ValueError: If the layer has not been called yet.
+        """
+        solution, back = self.layer.solution, self.layer.backward_solution
+        if solution is None:
+            raise ValueError("the layer has not been called yet.")
+        part = lambda t: t[: self.samples] if isinstance(t, Tensor) else t
+        z = solution.value
+        z = part(z) if isinstance(z, Tensor) else tuple(part(t) for t in z)
+        radius = float(jacobian_radius(self.layer, z, *map(part, inputs), **shared).max())
+        if radius >= self.alarm:
+            warnings.warn(
+                f"the spectral radius of df/dz at the fixed point has reached {radius:.3f}: the "
+                "fixed point is about to be lost. Lower the learning rate, add jacobian_penalty, "
+                "or use a block that is a contraction.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        mean = lambda t: float(t.double().mean())
+        return Observation(
+            evaluations=mean(solution.evaluations),
+            residual=float(solution.residual.max()),
+            failed=1.0 - mean(solution.converged),
+            radius=radius,
+            backward_evaluations=None if back is None else mean(back.evaluations),
+            backward_error=None if back is None else float(back.error.max()),
+        )
+
+
+def jacobian_radius(layer: DEQ, z: Any, *inputs: Any, **shared: Any) -> Tensor:
+    """Return the spectral radius of A = df/dz at z per sample, `(batch,)`.
+
+    Exact (from A itself) for states of up to 64 components; else the largest Ritz value of a
+    Krylov space that starts where many products have led.
+
+    Args:
+        layer: The DEQ layer.
+        z: State, `(batch, *state)` or a tuple of such.
+        inputs: The layer's inputs, of the same samples.
+        shared: Its keywords.
+    """
+    call = Call(layer, inputs, shared, z)
+    at = call.start
+    with torch.no_grad():
+        product = lambda v: torch.func.jvp(lambda z: call.evaluate(z, *call.tensors), (at,), (v,))[1]
+        batch, n = at.shape
+        if n <= 64:
+            unit = identity_like(at.new_empty(n, n))
+            A = torch.stack([product(e.expand(batch, n)) for e in unit], dim=-1)
+            return torch.linalg.eigvals(A).abs().amax(-1)
+        return _ritz_radius(product, at)
+
+
+def _ritz_radius(product: Product, like: Tensor) -> Tensor:
+    """Return the largest Ritz value by Arnoldi's process, after a power iteration."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    norm = lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    tiny = torch.finfo(like.dtype).tiny
+    v = v / norm(v)
+    for _ in range(_POWERS):
+        v = product(v)
+        v = v / norm(v).clamp(min=tiny)
+    basis, H = [v], like.new_zeros(len(like), _KRYLOV + 1, _KRYLOV)
+    for k in range(_KRYLOV):
+        w = product(basis[-1])
+        V = torch.stack(basis, 1)
+        for _ in range(2):
+            share = torch.bmm(w[:, None], V.mT)
+            H[:, : k + 1, k] += share[:, 0]
+            w = w - torch.bmm(share, V)[:, 0]
+        size = norm(w)
+        H[:, k + 1, k] = size[:, 0]
+        # An exhausted space goes on with zeros, which add eigenvalues 0.
+        small = size <= 1e2 * torch.finfo(w.dtype).eps * norm(H[:, : k + 1, k])
+        basis.append(torch.where(small, 0.0, w / size.clamp(min=tiny)))
+    return torch.linalg.eigvals(H[:, :-1]).abs().amax(-1)
+
+
+def jacobian_penalty(
+    layer: DEQ,
+    z: Any,
+    *inputs: Any,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    **shared: Any,
+) -> Tensor:
+    """Return the estimate of ||A||_F^2 / n (J1), a scalar to add to a loss.
+
+    Differentiable in z, the inputs and the parameters; the mean over the batch.
+
+    Args:
+        layer: The DEQ layer.
+        z: Its output for the inputs.
+        inputs: The layer's inputs.
+        samples: Random vectors e; the estimate is unbiased for any number.
+        generator: Draws e.
+        shared: The layer's keywords.
+
+    Raises:
+        ValueError: If `samples` is below 1.
+    """
+    count = int(at_least("samples", samples, 1))
+    call = Call(layer, inputs, shared, z)
+    at = call.shape.flatten(z)
+    fz, pull = vjp(lambda z: call.evaluate(z, *call.tensors), at)
+    total = at.new_zeros(())
+    for _ in range(count):
+        e = torch.randn(fz.shape, generator=generator, dtype=fz.dtype, device=fz.device)
+        total = total + pull(e)[0].square().sum()
+    return total / (count * at.numel())
