@@ -15,8 +15,8 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
         ValueError: If it is not.
     """
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = _nearest(str(value), allowed)
+        hint = f" Did you mean {near!r}?" if near else ""
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.{hint}")
     return value
 
@@ -24,9 +24,15 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
 def unknown_option(owner: str, name: str, known: Iterable[str]) -> str:
     """Return the message for an option that does not exist, with the nearest that does."""
     known = tuple(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}."
+    near = _nearest(name, known)
+    hint = f"did you mean {near!r}?" if near else f"it has {', '.join(known)}."
     return f"{owner} has no option {name!r}; {hint}"
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str | None:
+    within = [k for k in known if len(k) > 2 and (name.startswith(k) or k.startswith(name))]
+    near = within or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return near[0] if near else None
 
 
 def at_least(name: str, value: float, least: float, *, strict: bool = False) -> float:

@@ -118,6 +118,9 @@ class Costate:
     ) -> LinearSolution:
         """Form A by n products and take lam from the steady state (R2).
 
+        Returns:
+            lam and its certificate.
+
         Raises:
             ConvergenceError: If the LQR has no steady state, or the samples are not independent.
         """

@@ -102,11 +102,11 @@ def _row(batch: int, n: int, m: int, device: str) -> DareRow:
     pieces = random_problem(batch, n, m)
     ours = tuple(X.to(device) for X in pieces)
     sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    forward, dare = _timed(lambda: solve_dare(*ours), sync)
+    forward, dare = timed(lambda: solve_dare(*ours), sync)
     backward = _backward_seconds(ours, sync)
     arrays = [X.numpy() for X in pieces]
     problems = [tuple(X[i] for X in arrays) for i in range(batch)]
-    scipy, theirs = _timed(lambda: [solve_discrete_are(*p) for p in problems])
+    scipy, theirs = timed(lambda: [solve_discrete_are(*p) for p in problems])
     P, P_scipy = dare.P.cpu(), torch.as_tensor(np.stack(theirs))
     differs = float((norm(P - P_scipy) / norm(P)).max())
     return DareRow(
@@ -121,7 +121,7 @@ def _sb02od_seconds(problems: list[tuple[np.ndarray, ...]], P: Tensor) -> float 
     except ImportError:
         return None
     (n, m), X = problems[0][1].shape, P.numpy()
-    seconds, found = _timed(lambda: [sb02od(n, m, *p, "D")[0] for p in problems])
+    seconds, found = timed(lambda: [sb02od(n, m, *p, "D")[0] for p in problems])
     worst = max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, X, strict=True))
     if not worst < 1e-6:
         raise RuntimeError(f"sb02od and solve_dare differ by {worst:.1e}.")
@@ -132,7 +132,7 @@ def _backward_seconds(pieces: tuple[Tensor, ...], sync: Callable[[], None]) -> f
     leaves = tuple(X.detach().requires_grad_() for X in pieces)
     P = solve_dare(*leaves).P
     weights = torch.ones_like(P)
-    return _timed(lambda: torch.autograd.grad(P, leaves, weights, retain_graph=True), sync)[0]
+    return timed(lambda: torch.autograd.grad(P, leaves, weights, retain_graph=True), sync)[0]
 
 
 def _residual(pieces: tuple[Tensor, ...], P: Tensor) -> float:
@@ -142,7 +142,7 @@ def _residual(pieces: tuple[Tensor, ...], P: Tensor) -> float:
     return float((norm(A.mT @ P @ A + Q - mixed.mT @ K - P) / norm(P)).max())
 
 
-def _timed(work: Callable[[], Any], sync: Callable[[], None] = lambda: None) -> tuple[float, Any]:
+def timed(work: Callable[[], Any], sync: Callable[[], None] = lambda: None) -> tuple[float, Any]:
     """Return the best seconds of repeated runs, and the last result."""
     result, best, spent, runs = None, float("inf"), 0.0, 0
     while runs < 2 or spent < _LEAST_SECONDS:

@@ -153,10 +153,7 @@ class ConvBlock(nn.Module):
             torch.linalg.vector_norm(norm.weight, 8) / norm.eps**0.5
             for norm in (self.norm1, self.norm2, self.norm3)
         )
-        k1, k2 = (
-            3 * _spectral_norm(conv.weight.flatten(1))
-            for conv in (self.conv1, self.conv2)
-        )
+        k1, k2 = (3 * _spectral_norm(conv.weight.flatten(1)) for conv in (self.conv1, self.conv2))
         return g3 * (1 + g2 * k2 * g1 * k1)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch import nn
 
 import deqlqr
 from deqlqr.bench import BATCHES, SINGLES, bench_dare, table
+from deqlqr.bench_fixed_point import bench_fixed_point, problems
+from deqlqr.bench_fixed_point import table as fixed_point_table
 from deqlqr.data import DATASETS, load_data
 from deqlqr.equivalence import check_equivalence
 from deqlqr.models import MODELS, make_model
@@ -183,6 +185,21 @@ def reproduce_command(figure: str, data_root: Path, out: Path, steps: int) -> No
 @main.group()
 def bench() -> None:
     """Measure against the peers."""
+
+
+@bench.command("fixed-point", context_settings={"show_default": True})
+@click.option("--problem", type=click.Choice(list(problems())), multiple=True,
+              help="Repeat for several; all if not given.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each row.")
+@_reported
+def bench_fixed_point_command(problem: tuple[str, ...], as_json: bool) -> None:
+    """Count evaluations and rows, and time, beside plain iteration and torchdeq.
+
+    One thread, float64; both sides in the same run.
+    """
+    rows = bench_fixed_point(problem or None)
+    for line in (json.dumps(asdict(r)) for r in rows) if as_json else fixed_point_table(rows):
+        click.echo(line)
 
 
 @bench.command("dare", context_settings={"show_default": True})

@@ -109,9 +109,7 @@ class DEQ(nn.Module):
         self._warm: dict[tuple[str, Hashable], Tensor] = {}
         self._divisible: dict[bool, bool | None] = {}  # by training mode
 
-    def forward(
-        self, *inputs: Any, z0: Any = None, key: Hashable = None, **shared: Any
-    ) -> Any:
+    def forward(self, *inputs: Any, z0: Any = None, key: Hashable = None, **shared: Any) -> Any:
         """Return z* (batch, *state) for the injection x (batch, ...).
 
         Args:
@@ -179,8 +177,8 @@ class DEQ(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last solutions out of copies and pickles."""
-        gone = {"solution": None, "backward_solution": None, "_warm": {}}
-        return {**super().__getstate__(), **gone}
+        state = super().__getstate__()
+        return {**state, "solution": None, "backward_solution": None, "_warm": {}}
 
 
 class Call:
@@ -202,7 +200,9 @@ class Call:
         key: Hashable = None,
     ) -> None:
         if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() < 1:
-            raise ValueError("the DEQ layer needs an input tensor x (batch, ...) to be called with.")
+            raise ValueError(
+                "the DEQ layer needs an input tensor x (batch, ...) to be called with."
+            )
         self.layer, self.inputs, self.shared, self.key = layer, inputs, shared, key
         batch = inputs[0].shape[0]
         for i, x in enumerate(inputs):
@@ -216,7 +216,8 @@ class Call:
         first = start if self.shape.single else start[0]
         if first.shape[0] != batch:
             raise ValueError(f"z0 must have batch size {batch}, got {first.shape[0]}.")
-        self.start = self._warmed("z", self.shape.flatten(start).detach())
+        cold = self.shape.flatten(start).detach()
+        self.start = cold if z0 is not None else self._warmed("z", cold, cold)
         self.frozen = Frozen(layer.block, first.device)
         own = [x for x in inputs if isinstance(x, Tensor)]
         keywords = {name: v for name, v in shared.items() if isinstance(v, Tensor)}
@@ -293,7 +294,7 @@ class Call:
     def _solve_linear(self, product: Product, right: Tensor) -> Tensor:
         layer, dtype = self.layer, right.dtype
         work = right.float() if torch.finfo(dtype).bits < 32 else right
-        start = self._warmed("lam", None, like=work)
+        start = self._warmed("lam", work, None)
         tol = layer.solver.tolerance(dtype)
         with torch.no_grad():
             found = self.adjoint.solve(product, work, tol, start)
@@ -302,11 +303,11 @@ class Call:
         layer.report(found, "adjoint (D1) of the block")
         return found.value.to(dtype)
 
-    def _warmed(self, kind: str, cold: Any, like: Tensor | None = None) -> Any:
+    def _warmed(self, kind: str, like: Tensor, cold: Tensor | None) -> Any:
         kept = self.layer._warm.get((kind, self.key)) if self.layer.warm_start else None
-        wanted = cold if like is None else like
-        fits = kept is not None and kept.shape == wanted.shape and kept.device == wanted.device
-        return kept.to(wanted.dtype) if fits else cold
+        if kept is None or kept.shape != like.shape or kept.device != like.device:
+            return cold
+        return kept.to(like.dtype)
 
     def _keep(self, kind: str, value: Tensor) -> None:
         if self.layer.warm_start and bool(value.isfinite().all()):

@@ -50,12 +50,10 @@ class Problem:
         """Return (D1) as a problem in lam with the tensors g, z and those of f."""
 
         def f(lam: Tensor, g: Tensor, z: Tensor, *tensors: Tensor) -> Tensor:
-            value, pull = torch.func.vjp(lambda z: self.f(z, *tensors), z)
+            value, pull = pullback(lambda z: self.f(z, *tensors), z)
             return g + pull(lam.to(value.dtype))[0]
 
-        def solve(
-            given: Flat, lam: Tensor, tensors: tuple[Tensor, ...], divisible: bool
-        ) -> Tensor:
+        def solve(given: Flat, lam: Tensor, tensors: tuple[Tensor, ...], divisible: bool) -> Tensor:
             g, z, *rest = tensors
             if given is f:
                 return self.solve_linear(_pullback(self.f, z, rest)[0], g)
@@ -70,15 +68,11 @@ class Problem:
         def f(dz: Tensor, z: Tensor, *tensors: Tensor) -> Tensor:
             return _push(self.f, z, tensors[:count], dz, tensors[count:], floating)
 
-        def solve(
-            given: Flat, dz: Tensor, tensors: tuple[Tensor, ...], divisible: bool
-        ) -> Tensor:
+        def solve(given: Flat, dz: Tensor, tensors: tuple[Tensor, ...], divisible: bool) -> Tensor:
             return self.solve_linear(*_affine(given, dz, tensors))
 
         tangents = tuple(s for s, real in zip(self.per_sample, floating, strict=True) if real)
-        return replace(
-            self, f=f, per_sample=(True, *self.per_sample, *tangents), solve=solve
-        )
+        return replace(self, f=f, per_sample=(True, *self.per_sample, *tangents), solve=solve)
 
 
 def equilibrium(problem: Problem, z0: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
@@ -123,7 +117,7 @@ class _Equilibrium(torch.autograd.Function):
                     given[i] = value
                 return problem.f(z, *given)
 
-            fz, pull = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))
+            fz, pull = pullback(of_wanted, *(tensors[i] for i in wanted))
             grads = pull(lam.to(fz.dtype))  # (D2)
         placed = dict(zip(wanted, grads, strict=True))
         return None, None, *(placed.get(i) for i in range(len(tensors)))
@@ -158,8 +152,7 @@ class _Equilibrium(torch.autograd.Function):
             for t, dim, own in zip(tensors, dims, problem.per_sample, strict=True)
         ]
         folded = [
-            t.flatten(0, 1) if own else t
-            for t, own in zip(mapped, problem.per_sample, strict=True)
+            t.flatten(0, 1) if own else t for t, own in zip(mapped, problem.per_sample, strict=True)
         ]
         shared = [
             0 if dim is not None and not own else None
@@ -191,7 +184,7 @@ def _differentiable_adjoint(
 ) -> Tensor:
     if problem.neumann is None:
         return _Equilibrium.apply(problem.adjoint(), torch.zeros_like(g), g, z, *tensors)  # (D1)
-    fz, pull = torch.func.vjp(lambda z: problem.f(z, *tensors), z)
+    fz, pull = pullback(lambda z: problem.f(z, *tensors), z)
     lam = term = g
     for _ in range(problem.neumann.terms):
         (term,) = pull(term.to(fz.dtype))
@@ -215,6 +208,12 @@ def _pullback(
         return torch.zeros_like(lam) if grad is None else grad.to(lam.dtype)
 
     return product, fz, leaves
+
+
+def pullback(f: Flat, *primals: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
+    """Return f(*primals) and the function that pulls cotangents of it back to the primals."""
+    value, pull = torch.func.vjp(f, *primals)  # type: ignore[misc]
+    return value, pull
 
 
 def _affine(f: Flat, zero: Tensor, tensors: Any) -> tuple[Product, Tensor]:

@@ -236,9 +236,7 @@ class _Check:
         finally:
             handle.remove()
         solver = Picard(tol=1e-13, max_steps=2000)
-        found = fixed_point(
-            self.layer.block, start, inputs=tapped[:1], solver=solver, throw=False
-        )
+        found = fixed_point(self.layer.block, start, inputs=tapped[:1], solver=solver, throw=False)
         if not bool(found.converged.all()):
             raise _Skip("plain iteration does not converge on this model")
         steps = 2 * int(found.evaluations.max())

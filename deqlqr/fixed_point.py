@@ -94,9 +94,7 @@ def fixed_point(
             raise ValueError(f"inputs[{i}] must be a tensor of batch size {batch}, got {got}.")
 
     def flat(z: Tensor, *x: Tensor) -> Tensor:
-        return shape.require(
-            f(shape.unflatten(z), *x), len(z), "f must keep the shape of z"
-        )
+        return shape.require(f(shape.unflatten(z), *x), len(z), "f must keep the shape of z")
 
     start = shape.flatten(z0).detach()
     rows = RowMap(flat, tuple(inputs), None if inputs else False)

@@ -36,6 +36,7 @@ from deqlqr.input_cost import InputCost
 from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
 from deqlqr.solver import FixedPointSolution
+from deqlqr.state import StateShape
 
 Minibatch = Literal["exact", "per-sample"]
 
@@ -177,17 +178,18 @@ def linearize_samples(
     loss.check(outputs, y)
     if outputs.dim() != 2:
         raise ValueError(f"model must return (batch, k), got {tuple(outputs.shape)}.")
-    u, z = controls.vector, solution.value
-    local = _local_map(model, layer, controls, tuple(z.shape[1:]))
-    first = _first_order(local, u, z.flatten(1), x)
-    _require_independent(model, layer, first, z, x)
+    state = StateShape.of(solution.value)
+    u, z = controls.vector, state.flatten(solution.value)
+    local = _local_map(model, layer, controls, state)
+    first = _first_order(local, u, z, x)
+    _require_independent(model, layer, first, state, z, x)
     outputs = first.y.detach().requires_grad_()
     cost = loss(outputs, y)
     (dJ,) = torch.autograd.grad(cost, outputs)
     dJ = dJ * x.shape[0]  # the sample's own gradient, without the 1/batch of the mean
     a = torch.einsum("bk,bkn->bn", dJ, first.hz)  # (N1)
     b = torch.einsum("bk,bkm->bm", dJ, first.hu)
-    Q, M, R = _quadratic_terms(local, first, u, z.flatten(1), x, y, a, loss, divergence)
+    Q, M, R = _quadratic_terms(local, first, u, z, x, y, a, loss, divergence)
     return Linearization(first.A, first.B, a, b, Q, M, R, cost.detach(), solution)
 
 
@@ -223,17 +225,15 @@ class _FirstOrder:
 LocalMap = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def _local_map(
-    model: nn.Module, layer: DEQ, controls: Controls, state: tuple[int, ...]
-) -> LocalMap:
+def _local_map(model: nn.Module, layer: DEQ, controls: Controls, state: StateShape) -> LocalMap:
     """Return (u, z, x_s) -> (f, y) for one sample: z is (n,), f (n,), y (k,)."""
 
     def local(u: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        with layer.tapped(z.view(1, *state)) as tap:
+        with layer.tapped(state.unflatten(z[None])) as tap:
             y = functional_call(model, controls.unflatten(u), (x[None],))
         if tap.fz is None:
             raise ValueError("model did not call its DEQ layer.")
-        return tap.fz.reshape(-1), y.reshape(-1)
+        return state.flatten(tap.fz)[0], y.reshape(-1)
 
     return local
 
@@ -255,14 +255,14 @@ def _first_order(local: LocalMap, u: Tensor, z: Tensor, x: Tensor) -> _FirstOrde
 
 
 def _require_independent(
-    model: nn.Module, layer: DEQ, first: _FirstOrder, z: Tensor, x: Tensor
+    model: nn.Module, layer: DEQ, first: _FirstOrder, state: StateShape, z: Tensor, x: Tensor
 ) -> None:
     """Refuse a model whose batch and single samples disagree: (N1) would be another model's."""
-    with torch.no_grad(), layer.tapped(z) as tap:
+    with torch.no_grad(), layer.tapped(state.unflatten(z)) as tap:
         y = model(x)
     assert tap.fz is not None  # noqa: S101  the first forward pass has shown that it is called
     tolerance = 1e3 * torch.finfo(z.dtype).eps
-    for ours, batched in ((first.fz, tap.fz.flatten(1)), (first.y, y)):
+    for ours, batched in ((first.fz, state.flatten(tap.fz)), (first.y, y)):
         gap = float((ours - batched).abs().max())
         if not gap <= tolerance * max(1.0, float(batched.abs().max())):
             raise ValueError(

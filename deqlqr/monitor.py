@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from deqlqr._checks import at_least
 from deqlqr._linalg import identity_like
 from deqlqr.deq import DEQ, Call
+from deqlqr.equilibrium import pullback
 from deqlqr.resolvent import Product
 
 _KRYLOV = 24  # dimension of the space whose Ritz values are taken
@@ -120,7 +120,9 @@ def jacobian_radius(layer: DEQ, z: Any, *inputs: Any, **shared: Any) -> Tensor:
     call = Call(layer, inputs, shared, z)
     at = call.start
     with torch.no_grad():
-        product = lambda v: torch.func.jvp(lambda z: call.evaluate(z, *call.tensors), (at,), (v,))[1]
+        product = lambda v: torch.func.jvp(lambda z: call.evaluate(z, *call.tensors), (at,), (v,))[
+            1
+        ]
         batch, n = at.shape
         if n <= 64:
             unit = identity_like(at.new_empty(n, n))
@@ -181,7 +183,7 @@ def jacobian_penalty(
     count = int(at_least("samples", samples, 1))
     call = Call(layer, inputs, shared, z)
     at = call.shape.flatten(z)
-    fz, pull = vjp(lambda z: call.evaluate(z, *call.tensors), at)
+    fz, pull = pullback(lambda z: call.evaluate(z, *call.tensors), at)
     total = at.new_zeros(())
     for _ in range(count):
         e = torch.randn(fz.shape, generator=generator, dtype=fz.dtype, device=fz.device)

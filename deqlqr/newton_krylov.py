@@ -59,9 +59,11 @@ class _NewtonKrylov(Memory):
     ) -> Tensor:
         back = None if growth is None else ~(growth < 1)[:, None]
         system = Resolvent(
-            lambda v: torch.func.jvp(f.f_at, (z,), (v,))[1].to(v.dtype)
-            if back is None
-            else torch.where(back, 0.0, torch.func.jvp(f.f_at, (z,), (v,))[1].to(v.dtype)),
+            lambda v: (
+                torch.func.jvp(f.f_at, (z,), (v,))[1].to(v.dtype)
+                if back is None
+                else torch.where(back, 0.0, torch.func.jvp(f.f_at, (z,), (v,))[1].to(v.dtype))
+            ),
             tol=self.solver.inner_tol,
             max_steps=self.solver.inner_steps,
             dense=False,

@@ -160,9 +160,7 @@ class Resolvent:
             return found
         further = self._further(true) / torch.linalg.vector_norm(x, dim=-1)
         error = torch.where(found.converged, found.error, further)
-        return LinearSolution(
-            found.value, found.result, found.evaluations, found.residual, error
-        )
+        return LinearSolution(found.value, found.result, found.evaluations, found.residual, error)
 
     def _enlarge(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Take one step of (L1)."""

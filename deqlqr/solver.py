@@ -67,6 +67,7 @@ class RowMap:
         rows: Rows evaluated so far, over all restrictions.
         divisible: Whether rows may be left out: `None` until the first restriction has been
             compared with the whole. A map that mixes rows is not divisible.
+        mixes: That comparison has shown that rows depend on each other.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class RowMap:
         divisible: bool | None = None,
     ) -> None:
         self.f, self.inputs = f, inputs
-        self.divisible = divisible
+        self.divisible, self.mixes = divisible, False
         self.rows = 0
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class RowMap:
         part = self.restricted(keep)
         if self.divisible is None:
             self.divisible = part.divisible = self._agrees(part, keep, z, fz)
-            self.rows = part.rows
+            self.rows, self.mixes = part.rows, not self.divisible
         return part if self.divisible else self
 
     @staticmethod
@@ -257,7 +258,10 @@ class _Run:
         if ordinary and ((size > enough) & (size < self.best)).all():
             self.best_z, self.best_fz, self.best = self.z, fz, size
             return None, None
-        return self._sort(step, fz, size, (size <= enough) & size.isfinite(), memory)
+        done = (size <= enough) & size.isfinite()
+        if self.f.mixes and not done.all():  # no row is done before all are
+            done = torch.zeros_like(done)
+        return self._sort(step, fz, size, done, memory)
 
     def _subtract(self, fz: Tensor) -> None:
         """Form r = f(z) - z in the memory of the last but one: fresh pages cost as much."""
@@ -291,9 +295,18 @@ class _Run:
         self.over = len(left) == 0
         if self.over:
             return None, None
-        if len(left) <= _SHRINK * len(frozen) and self._shrink(left, fz):
+        # The start is often zero, where no dependence would show.
+        known = step > 1 or self.f.divisible is not None
+        if known and len(left) <= _SHRINK * len(frozen) and self._shrink(left, fz):
             return growth[left], left
-        self.frozen = frozen
+        if self.f.mixes:  # what seemed to have ended alone goes on with the others
+            lost = (FixedPointResult.DIVERGED, FixedPointResult.NON_FINITE)
+            kept = frozen & torch.isin(
+                self.result[self.index], torch.tensor(lost, device=self.z.device)
+            )
+            self.best = self.best.masked_fill(frozen & ~kept, float("inf"))
+            self.anchor, frozen = self.anchor.masked_fill(frozen & ~kept, float("inf")), kept
+        self.frozen = frozen if frozen.any() else None
         return growth, None
 
     def _verdict(self, step: int, size: Tensor, done: Tensor) -> Tensor:
@@ -328,4 +341,3 @@ class _Run:
         return FixedPointSolution(
             self.value, self.result, self.evaluations, self.residual, self.f.rows
         )
-

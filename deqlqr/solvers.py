@@ -116,12 +116,13 @@ class _Anderson(Memory):
         eps = torch.finfo(z.dtype).eps
         batch, n, m = *z.shape, solver.memory
         # The differences only steer: float32 keeps the digits they need, at half the traffic.
-        like = {"dtype": torch.float32 if z.numel() > _TRAFFIC else z.dtype, "device": z.device}
-        self.dF = torch.empty(batch, m, n, **like)  # of f(z)
-        self.dR = torch.empty(batch, m, n, **like)  # of f(z) - z
-        self.gram = torch.zeros(batch, m, m, **like)
-        self.ridged = 1 + torch.eye(m, **like) * (eps if solver.ridge is None else solver.ridge)
-        self.least = torch.zeros(batch, m, **like)  # diagonal that Cholesky must leave
+        dtype = torch.float32 if z.numel() > _TRAFFIC else z.dtype
+        self.dF = z.new_empty(batch, m, n, dtype=dtype)  # of f(z)
+        self.dR = z.new_empty(batch, m, n, dtype=dtype)  # of f(z) - z
+        self.gram = z.new_zeros(batch, m, m, dtype=dtype)
+        eye = torch.eye(m, dtype=dtype, device=z.device)
+        self.ridged = 1 + eye * (eps if solver.ridge is None else solver.ridge)
+        self.least = z.new_zeros(batch, m, dtype=dtype)  # diagonal that Cholesky must leave
         self.solver, self.fz, self.r, self.step = solver, z, z, 0
 
     def pick(self, keep: Tensor) -> Memory:
@@ -264,7 +265,9 @@ class _Broyden(Memory):
         U, V = self.U[:, : self.used], self.V[:, : self.used]
         dzH = torch.baddbmm(dz[:, None], torch.bmm(dz[:, None], U.mT), V)[:, 0]
         slope = (dzH * y).sum(-1, keepdim=True)
-        tiny = torch.finfo(y.dtype).eps * dzH.norm(dim=-1, keepdim=True) * y.norm(dim=-1, keepdim=True)
+        tiny = (
+            torch.finfo(y.dtype).eps * dzH.norm(dim=-1, keepdim=True) * y.norm(dim=-1, keepdim=True)
+        )
         safe = slope.abs() > tiny
         self.U[:, self.used] = torch.where(safe, (dz - Hy) / slope, 0.0)
         self.V[:, self.used] = dzH
