@@ -51,6 +51,11 @@ def at_least(name: str, value: float, least: float, *, strict: bool = False) -> 
     return number
 
 
+def transformed() -> bool:
+    """Return whether this runs within a transform of torch.func (or torch.vmap)."""
+    return bool(retrieve_all_functorch_interpreters())
+
+
 def one_forward_level(name: str) -> None:
     """Refuse forward mode over forward mode, where torch drops the outer tangent unnoticed.
 

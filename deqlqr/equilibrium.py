@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqlqr._checks import transformed
 from deqlqr._linalg import batch_first
 from deqlqr.adjoint import Neumann
 from deqlqr.resolvent import Product
@@ -102,7 +103,7 @@ class _Equilibrium(torch.autograd.Function):
         wanted = [
             i for i, need in enumerate(ctx.needs_input_grad[2:]) if need
         ]  # integers have no gradient and need none
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not transformed():
             product, fz, leaves = _pullback(problem.f, z, tensors, wanted)
             lam = problem.solve_linear(product, g)
             grads = torch.autograd.grad(

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from deqlqr._linalg import LUFactor, identity_like, lu_factor
 from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failures
-from deqlqr.solver import RowMap
-from deqlqr.solvers import Anderson
 
 Product = Callable[[Tensor], Tensor]
 
 _PAIRS = 60  # kept; then the oldest give way
+_REFINEMENTS = 3  # times the residual is formed anew
 _FURTHER = 8  # products after a failure, to see how the error goes on
 
 
@@ -136,22 +135,16 @@ class Resolvent:
         x = torch.zeros_like(right) if start is None else start
         r = right if start is None else right + self._times(x) - x
         goal = self.tol * torch.linalg.vector_norm(right, dim=-1)
-        for p, q in zip(self._p, self._q, strict=True):  # what earlier right sides have left
-            step = (q * r).sum(-1, keepdim=True)
-            x, r = x + step * p, r - step * q
-        while self.products - spent < self.max_steps:
-            running = torch.linalg.vector_norm(r, dim=-1) > goal
-            if not running.any():
+        true = r
+        for _ in range(_REFINEMENTS):
+            x, r = self._reduced(x, true, goal, spent)
+            true = right + self._times(x) - x
+            size = torch.linalg.vector_norm(true, dim=-1)
+            if (size <= 2 * goal).all() or self.products - spent >= self.max_steps:
                 break
-            x, r, moved = self._enlarge(x, r)
-            if not moved:
-                break
-        true = right + self._times(x) - x
-        size = torch.linalg.vector_norm(true, dim=-1)
-        failed = ~(size <= 2 * goal)
-        if failed.any() and self.products - spent < self.max_steps:
-            # Rows that depend on each other have no Krylov space of their own; an iteration may do.
-            x, true = self._iterated(right, x, failed, spent)
+        unseen = size > 2 * torch.linalg.vector_norm(r, dim=-1) + 2 * goal
+        if len(right) > 1 and unseen.any() and self.products - spent < self.max_steps:
+            return self._solve_together(right, x, spent)
         bound = self._inverse_norm(right)[:, None]
         found = self._certified(
             right[:, None], x[:, None], true[:, None], bound, self.products - spent
@@ -162,8 +155,21 @@ class Resolvent:
         error = torch.where(found.converged, found.error, further)
         return LinearSolution(found.value, found.result, found.evaluations, found.residual, error)
 
-    def _enlarge(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Take one step of (L1)."""
+    def _reduced(self, x: Tensor, r: Tensor, goal: Tensor, spent: int) -> tuple[Tensor, Tensor]:
+        """Lower the residual r of x: first by the pairs at hand, then by new ones."""
+        for p, q in zip(self._p, self._q, strict=True):
+            step = (q * r).sum(-1, keepdim=True)
+            x, r = x + step * p, r - step * q
+        moved = True
+        while moved and self.products - spent < self.max_steps:
+            running = torch.linalg.vector_norm(r, dim=-1) > goal
+            if not running.any():
+                break
+            x, r, moved = self._enlarge(x, r, running)
+        return x, r
+
+    def _enlarge(self, x: Tensor, r: Tensor, running: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Take one step of (L1) in the samples `running`."""
         p = r
         for _ in range(2):
             q = p - self._times(p)
@@ -174,7 +180,7 @@ class Resolvent:
                     share = torch.bmm(q[:, None], Q.mT)
                     q, p = q - torch.bmm(share, Q)[:, 0], p - torch.bmm(share, P)[:, 0]
             size = torch.linalg.vector_norm(q, dim=-1)
-            usable = size > 1e2 * torch.finfo(q.dtype).eps * before
+            usable = running & (size > 1e2 * torch.finfo(q.dtype).eps * before)
             inverse = torch.where(usable, 1 / size, 0.0)[:, None]
             q, p = q * inverse, p * inverse
             step = (q * r).sum(-1, keepdim=True)
@@ -195,17 +201,22 @@ class Resolvent:
         if len(self._p) > _PAIRS:
             del self._p[0], self._q[0]
 
-    def _iterated(
-        self, right: Tensor, x: Tensor, failed: Tensor, spent: int
-    ) -> tuple[Tensor, Tensor]:
-        left = self.max_steps - (self.products - spent)
-        unit = torch.linalg.vector_norm(right, dim=-1, keepdim=True)
-        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-        f = RowMap(lambda y: (right + self._times(y * unit)) / unit, divisible=False)
-        found = Anderson(tol=self.tol, max_steps=left).solve(f, x.nan_to_num(0, 0, 0) / unit)
-        better = failed & found.converged
-        x = torch.where(better[:, None], found.value * unit, x)
-        return x, right + self._times(x) - x
+    def _solve_together(self, right: Tensor, x: Tensor, spent: int) -> LinearSolution:
+        """Solve for the whole batch as one sample, for its samples depend on each other."""
+        shape, count = right.shape, len(right)
+        joint = Resolvent(
+            lambda v: self._times(v.view(shape)).view(1, -1),
+            tol=self.tol,
+            max_steps=self.max_steps - (self.products - spent),
+            dense=False,
+        )
+        found = joint._solve_krylov(right.reshape(1, -1), x.reshape(1, -1))
+        each = lambda t: t.expand(count).clone()
+        return LinearSolution(
+            found.value.view(count, 1, -1), each(found.result),
+            torch.full_like(each(found.result), self.products - spent),
+            each(found.residual), each(found.error),
+        )  # fmt: skip
 
     def _inverse_norm(self, right: Tensor) -> Tensor:
         """Return ||(I - L)^-1|| on the span of the q, which the p span as its image."""

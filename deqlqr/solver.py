@@ -182,10 +182,23 @@ class Solver:
             if kept is not None:
                 memory = memory.pick(kept)
                 fz = fz[kept]
+            if run.f.mixes:
+                return self._solve_together(run, step)
             if run.over:
                 break
             run.advance(memory.propose(run.f, run.z, fz, run.r, growth, run.best_fz))
         return run.solution()
+
+    def _solve_together(self, run: "_Run", steps: int) -> FixedPointSolution:
+        """Solve for the whole batch as one sample, for its samples depend on each other."""
+        whole, batch = run.f, run.z.shape
+        joint = RowMap(lambda z: whole(z.view(batch)).view(1, -1), divisible=False)
+        found = self.solve(joint, run.z.reshape(1, -1))
+        value = found.value.view(batch)
+        residual = torch.linalg.vector_norm(whole(value).to(value.dtype) - value, dim=-1)
+        result = found.result.repeat(batch[0])
+        evaluations = (found.evaluations + steps).repeat(batch[0])
+        return FixedPointSolution(value, result, evaluations, residual, whole.rows)
 
 
 class Memory:
@@ -258,10 +271,7 @@ class _Run:
         if ordinary and ((size > enough) & (size < self.best)).all():
             self.best_z, self.best_fz, self.best = self.z, fz, size
             return None, None
-        done = (size <= enough) & size.isfinite()
-        if self.f.mixes and not done.all():  # no row is done before all are
-            done = torch.zeros_like(done)
-        return self._sort(step, fz, size, done, memory)
+        return self._sort(step, fz, size, (size <= enough) & size.isfinite(), memory)
 
     def _subtract(self, fz: Tensor) -> None:
         """Form r = f(z) - z in the memory of the last but one: fresh pages cost as much."""
@@ -299,14 +309,7 @@ class _Run:
         known = step > 1 or self.f.divisible is not None
         if known and len(left) <= _SHRINK * len(frozen) and self._shrink(left, fz):
             return growth[left], left
-        if self.f.mixes:  # what seemed to have ended alone goes on with the others
-            lost = (FixedPointResult.DIVERGED, FixedPointResult.NON_FINITE)
-            kept = frozen & torch.isin(
-                self.result[self.index], torch.tensor(lost, device=self.z.device)
-            )
-            self.best = self.best.masked_fill(frozen & ~kept, float("inf"))
-            self.anchor, frozen = self.anchor.masked_fill(frozen & ~kept, float("inf")), kept
-        self.frozen = frozen if frozen.any() else None
+        self.frozen = frozen
         return growth, None
 
     def _verdict(self, step: int, size: Tensor, done: Tensor) -> Tensor:

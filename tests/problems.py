@@ -62,4 +62,4 @@ def conv_batch(samples: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return float(((a - b).norm() / b.norm()).detach())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from deqlqr import bench
+from deqlqr import bench, bench_fixed_point
 from deqlqr.cli import main
 
 
@@ -38,3 +38,17 @@ def test_the_command_prints_a_table_or_json():
 def test_sizes_that_do_not_pair_are_refused():
     result = CliRunner().invoke(main, ["bench", "dare", "--batch", "2"])
     assert result.exit_code == 2 and "n must be given once for each batch" in result.stderr
+
+
+def test_fixed_points_are_counted_beside_plain_iteration_and_torchdeq():
+    name = "linear, rho 0.95"
+    rows = {r.solver: r for r in bench_fixed_point.bench_fixed_point([name])}
+    assert set(rows) == set(bench_fixed_point.SOLVERS)
+    assert all(r.converged == 1.0 and min(r.seconds, r.plain_seconds) > 0 for r in rows.values())
+    ours = rows["anderson"]
+    assert ours.evaluations < rows["picard"].evaluations < rows["torchdeq:anderson"].evaluations
+    assert ours.rows <= 1.1 * ours.least_rows
+    result = CliRunner().invoke(main, ["bench", "fixed-point", "--problem", name])
+    assert result.exit_code == 0 and "torchdeq:broyden" in result.stdout
+    result = CliRunner().invoke(main, ["bench", "fixed-point", "--problem", name, "--json"])
+    assert json.loads(result.stdout.splitlines()[0])["solver"] == "picard"

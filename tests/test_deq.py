@@ -175,7 +175,8 @@ def test_lqr_path_refuses_a_block_that_mixes_samples():
         (lambda: DEQ(Cell(), backward="exact"), "backward must be one of"),
         (lambda: DEQ(Cell(), on_failure="ignore"), "on_failure must be one of"),
         (lambda: DEQ(Cell(), solver="andersen"), "solver must be one of"),
-        (lambda: DEQ(Cell(), tolerance=1e-3), "tolerance"),
+        (lambda: DEQ(Cell(), tolerance=1e-3), "no option 'tolerance'; did you mean 'tol'"),
+        (lambda: DEQ(Cell(), backward=3), "backward must be a name or an Adjoint"),
         (lambda: DEQ(nn.Bilinear(3, 3, 2))(torch.ones(2, 3)), r"expected \(2, 3\), got \(2, 2\)"),
         (lambda: DEQ(Cell())(torch.ones(2, 3), z0=torch.ones(1, 3)), "z0 must have batch size 2"),
         (lambda: DenseBlock(3, gain=1.5), "gain must lie in"),
@@ -195,6 +196,115 @@ def test_misuse_names_the_argument(call, message):
 def test_nan_input_is_a_convergence_error_that_says_so():
     with pytest.raises(ConvergenceError, match="NON_FINITE"):
         DEQ(Cell())(torch.full((2, 3), float("nan")))
+
+
+class Multiscale(nn.Module):
+    """A vector and an image that drive each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector, self.image = nn.Linear(4, 4), nn.Conv2d(2, 2, 3, padding=1)
+        self.down = nn.Linear(4, 2)
+
+    def forward(self, z, x):
+        u, v = z
+        return (
+            0.4 * torch.tanh(self.vector(u) + x + v.mean((2, 3)).repeat(1, 2)),
+            0.3 * torch.tanh(self.image(v) + self.down(u)[:, :, None, None]),
+        )
+
+
+@pytest.mark.parametrize("backward", ["implicit", "lqr", Implicit(method="krylov")], ids=str)
+def test_states_of_several_tensors_have_the_unrolled_gradient(backward):
+    torch.manual_seed(0)
+    block, x = Multiscale().double(), randn(3, 4).requires_grad_()
+    layer = DEQ(block, state_shape=((4,), (2, 3, 3)), tol=1e-12, backward=backward)
+    wanted = [x, *block.parameters()]
+    u, v = layer(x)
+    ours = torch.autograd.grad(u.sum() + v.square().sum(), wanted)
+    z = (torch.zeros(3, 4).double(), torch.zeros(3, 2, 3, 3).double())
+    for _ in range(200):
+        z = block(z, x)
+    theirs = torch.autograd.grad(z[0].sum() + z[1].square().sum(), wanted)
+    assert all(relative(a, b) < 1e-9 for a, b in zip(ours, theirs, strict=True))
+    assert isinstance(layer.solution.value, tuple)
+
+
+def test_blocks_take_several_inputs_and_shared_keywords():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(3, 3)
+
+        def forward(self, z, x, labels, gate=None, power=1):
+            return 0.5 * torch.tanh(self.mix(z) * gate + x) ** power + 0.1 * labels[:, None]
+
+    torch.manual_seed(0)
+    block, x, labels = Two().double(), randn(4, 3), torch.arange(4)
+    gate = randn(3, seed=1).requires_grad_()
+    layer = DEQ(block, **TIGHT)
+    z = torch.zeros(4, 3, dtype=torch.float64)
+    for _ in range(300):
+        z = block(z, x, labels, gate=gate, power=3)
+    wanted = torch.autograd.grad(z.square().sum(), [gate, *block.parameters()])
+    out = layer(x, labels, gate=gate, power=3)
+    ours = torch.autograd.grad(out.square().sum(), [gate, *block.parameters()])
+    assert all(relative(a, b) < 1e-9 for a, b in zip(ours, wanted, strict=True))
+    with pytest.raises(ValueError, match="input 1 must have batch size 4 like input 0"):
+        layer(x, torch.arange(3))
+    with pytest.raises(ValueError, match="needs an input tensor"):
+        layer()
+
+
+def test_the_backward_pass_keeps_one_evaluation_whatever_the_number_of_steps():
+    block, x = DenseBlock(64, 64, gain=0.9).double(), randn(32, 64)
+    sizes = {}
+    for tol in (1e-2, 1e-12):
+        layer = DEQ(block, solver=Picard(tol=tol, max_steps=1000))
+        kept = []
+        pack = lambda t, kept=kept: (kept.append(t.numel()), t)[1]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(x)
+        sizes[int(layer.solution.evaluations.max())] = sum(kept)
+    (few, small), (many, large) = sorted(sizes.items())
+    assert many > 4 * few and small == large
+
+
+def test_warm_starts_save_evaluations_and_change_nothing_else():
+    torch.manual_seed(0)
+    x = [randn(8, 40, seed=s) for s in range(3)]
+    counts, losses = {}, {}
+    for warm in (False, True):
+        torch.manual_seed(1)
+        layer = DEQ(DenseBlock(40, gain=0.9).double(), warm_start=warm, tol=1e-8)
+        optimizer = torch.optim.SGD(layer.parameters(), 1e-3)
+        forward = backward = 0
+        for _ in range(3):
+            for key, batch in enumerate(x):
+                optimizer.zero_grad()
+                loss = layer(batch, key=key).square().mean()
+                loss.backward()
+                optimizer.step()
+                forward += int(layer.solution.evaluations.sum())
+                backward += int(layer.backward_solution.evaluations.sum())
+        counts[warm], losses[warm] = (forward, backward), loss.item()
+        assert len(layer._warm) == (6 if warm else 0)
+        layer.forget()
+        assert not layer._warm
+    assert losses[True] == pytest.approx(losses[False], rel=1e-6)
+    assert counts[True][0] < 0.85 * counts[False][0] and counts[True][1] < counts[False][1]
+
+
+def test_random_contractive_blocks_have_the_unrolled_gradient():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        n = 2 + 5 * seed
+        block, x = DenseBlock(n, gain=0.8).double(), randn(3, n, seed=seed).requires_grad_()
+        layer = DEQ(block, **TIGHT)
+        weight = randn(3, n, seed=seed + 1)
+        ours = grads(layer(x), block, x, weight)
+        theirs = grads(unrolled(block, x, 250), block, x, weight)
+        assert all(relative(a, b) < 1e-9 for a, b in zip(ours, theirs, strict=True))
 
 
 def test_state_shape_comes_from_the_argument_the_block_or_the_input():

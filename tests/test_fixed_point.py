@@ -1,13 +1,29 @@
-"""Tests for `deqlqr/fixed_point.py`."""
+"""Tests for `deqlqr/fixed_point.py`, the solvers and their loop."""
+
+import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from deqlqr import Anderson, ConvergenceError, FixedPointResult, Picard, TorchDEQ, fixed_point
+from deqlqr import (
+    Anderson,
+    Broyden,
+    ConvergenceError,
+    DenseBlock,
+    Fallback,
+    FixedPointResult,
+    NewtonKrylov,
+    Picard,
+    TorchDEQ,
+    fixed_point,
+)
 
-from .problems import DTYPES, linear_map, randn
+from .problems import DTYPES, linear_map, randn, relative
 
-NAMES = ("anderson", "picard", "torchdeq:anderson", "torchdeq:broyden")
+OURS = ("anderson", "picard", "broyden", "newton-krylov", "fallback")
+NAMES = (*OURS, "torchdeq:anderson", "torchdeq:broyden")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,6 +58,187 @@ def test_anderson_never_needs_more_evaluations_than_plain_iteration(rho):
     for solver in (Anderson(tol=1e-6, max_steps=5000), Picard(tol=1e-6, max_steps=5000)):
         counts[type(solver)] = fixed_point(lambda z: z @ A + c, 0 * c, solver=solver).evaluations
     assert (counts[Anderson] <= counts[Picard]).all()
+
+
+def contractive_blocks():
+    """Yield maps f(z, x) with inputs: tanh and relu; symmetric, orthogonal and triangular."""
+    n = 60
+    for activation in (torch.tanh, torch.relu):
+        for rho in (0.5, 0.9, 0.99):
+            for kind in ("normal", "rotation", "triangular"):
+                W = randn(n, n, seed=3)
+                if kind == "rotation":
+                    W = torch.linalg.qr(W)[0]
+                elif kind == "triangular":
+                    W = torch.triu(W)
+                W = W * rho / torch.linalg.matrix_norm(W, 2)
+                f = lambda z, x, W=W, activation=activation: activation(z @ W.mT + x)
+                yield f"{activation.__name__} {rho} {kind}", f, 0.5 * randn(8, n, seed=5)
+
+
+@pytest.mark.parametrize(
+    "name, f, x", list(contractive_blocks()), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_anderson_needs_no_more_than_plain_iteration_and_little_more_than_broyden(name, f, x):
+    counts = {
+        type(s): fixed_point(f, 0 * x, inputs=(x,), solver=s).evaluations.double()
+        for s in (Anderson(tol=1e-8), Picard(tol=1e-8), Broyden(tol=1e-8))
+    }
+    assert counts[Anderson].sum() <= counts[Picard].sum()
+    assert counts[Anderson].mean() <= 1.3 * counts[Broyden].mean()
+
+
+def test_samples_that_are_done_leave_the_batch():
+    n = 50
+    turn = torch.linalg.qr(randn(n, n))[0]
+    rate, x = torch.linspace(0.1, 0.99, 64, dtype=torch.float64)[:, None], 0.1 * randn(64, n)
+    f = lambda z, x, rate: torch.tanh(rate * (z @ turn)) + x
+    for solver in ("picard", "anderson", "broyden"):
+        found = fixed_point(f, 0 * x, inputs=(x, rate), solver=solver, tol=1e-6, max_steps=1000)
+        assert found.converged.all()
+        assert found.rows <= 1.1 * int(found.evaluations.sum())
+        assert (f(found.value, x, rate) - found.value).norm(dim=-1).max() < 1e-5
+
+
+def test_a_sample_alone_gives_what_it_gives_in_company():
+    x = 0.5 * randn(6, 12)
+    W = torch.linalg.qr(randn(12, 12, seed=2))[0] * 0.95
+    f = lambda z, x: torch.tanh(z @ W + x)
+    bad = torch.cat([x[:3], torch.full_like(x[:1], torch.nan), x[3:]])
+    for solver in OURS:
+        solve = lambda x, s=solver: fixed_point(
+            f, 0 * x.nan_to_num(), inputs=(x,), solver=s, throw=False
+        )
+        together, spoilt = solve(x), solve(bad)
+        keep = [0, 1, 2, 4, 5, 6]
+        assert spoilt.result[3] == FixedPointResult.NON_FINITE
+        assert relative(spoilt.value[keep], together.value) < 1e-9
+        assert torch.equal(spoilt.evaluations[keep], together.evaluations)
+        for i in range(6):
+            alone = solve(x[i : i + 1])
+            assert relative(alone.value[0], together.value[i]) < 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), n=st.integers(1, 12), batch=st.integers(1, 5),
+    norm=st.floats(0.05, 0.95), activation=st.sampled_from(["tanh", "relu"]),
+)  # fmt: skip
+def test_solvers_agree_on_random_contractive_blocks(seed, n, batch, norm, activation):
+    torch.manual_seed(seed)
+    block = DenseBlock(n, activation=activation, gain=norm).double()
+    x = randn(batch, n, seed=seed)
+    z0 = torch.zeros_like(x)
+    solve = lambda s, x, z0: fixed_point(
+        block, z0, inputs=(x,), solver=s, max_steps=2000, throw=False
+    )
+    found = {s: solve(s, x, z0) for s in ("picard", "anderson", "broyden")}
+    for solution in found.values():
+        assert solution.converged.all()
+        gap = (solution.value - found["picard"].value).norm(dim=-1)
+        assert (gap <= 1e-8 * (1 + solution.value.norm(dim=-1))).all()
+    spoilt = torch.cat([x, torch.full((1, n), torch.nan, dtype=x.dtype)])
+    for s, solution in found.items():
+        again = solve(s, spoilt, torch.cat([z0, z0[:1]]))
+        assert again.result[-1] == FixedPointResult.NON_FINITE
+        assert (again.value[:-1] - solution.value).norm() <= 1e-8 * (1 + solution.value.norm())
+
+
+@pytest.mark.parametrize("solver", OURS)
+def test_maps_that_mix_samples_are_solved_as_one(solver):
+    x = randn(8, 3) * torch.linspace(0, 1, 8, dtype=torch.float64)[:, None] ** 8
+    f = lambda z, x: 0.4 * (z + z.roll(1, 0)) + x
+    found = fixed_point(f, 0 * x, inputs=(x,), solver=solver, throw=False, max_steps=400)
+    assert found.converged.all()
+    assert (f(found.value, x) - found.value).norm() < 1e-9
+
+
+def test_a_map_that_insists_on_the_whole_batch_is_given_it():
+    x, rate = randn(8, 3), torch.linspace(0, 0.9, 8, dtype=torch.float64)[:, None]
+    found = fixed_point(lambda z, x: rate * z + x, 0 * x, inputs=(x,), solver="picard")
+    assert relative(found.value, x / (1 - rate)) < 1e-8
+    assert found.rows >= 8 * int(found.evaluations.max())
+
+
+def test_newton_finds_fixed_points_that_repel_and_the_chain_falls_back_to_it():
+    S = randn(10, 10)
+    W, x = S - S.mT, randn(6, 10, seed=1)
+    f = lambda z, x: torch.tanh(z @ W) + x
+    plain = fixed_point(f, 0 * x, inputs=(x,), solver="picard", throw=False)
+    assert not plain.converged.all()
+    newton = fixed_point(f, 0 * x, inputs=(x,), solver="newton-krylov")
+    chain = fixed_point(f, 0 * x, inputs=(x,), solver="fallback")
+    first = fixed_point(f, 0 * x, inputs=(x,), solver="anderson", throw=False)
+    assert newton.converged.all() and chain.converged.all() and not first.converged.all()
+    assert (chain.evaluations >= first.evaluations).all()
+    assert torch.equal(chain.evaluations[first.converged], first.evaluations[first.converged])
+    whole = fixed_point(lambda z: f(z, x), 0 * x, solver="fallback")
+    assert whole.converged.all()
+
+
+def test_damping_makes_an_oscillating_iteration_converge():
+    f = lambda z: 1.0 - 1.3 * z
+    z0 = torch.zeros(2, 3, dtype=torch.float64)
+    assert not fixed_point(f, z0, solver="picard", throw=False).converged.any()
+    found = fixed_point(f, z0, solver=Picard(relaxation=0.5))
+    assert relative(found.value, torch.full_like(z0, 1 / 2.3)) < 1e-9
+
+
+def test_broyden_goes_on_when_its_memory_is_used_up():
+    A, c = linear_map(0.95)
+    found = fixed_point(lambda z: z @ A + c, 0 * c, solver=Broyden(memory=4), max_steps=1000)
+    assert relative(found.value, torch.linalg.solve(torch.eye(20).double() - A, c.mT).mT) < 1e-8
+
+
+def test_a_tolerance_below_rounding_or_a_cycle_is_a_stall():
+    W, x = (0.9 * torch.linalg.qr(randn(30, 30))[0]).float(), randn(4, 30).float()
+    stalled = fixed_point(
+        lambda z, x: torch.tanh(z @ W + x), 0 * x, inputs=(x,), tol=1e-12, throw=False,
+        max_steps=2000,
+    )  # fmt: skip
+    assert set(stalled.result.tolist()) <= {FixedPointResult.STALLED, FixedPointResult.CONVERGED}
+    assert (stalled.result == FixedPointResult.STALLED).any() and stalled.residual.max() < 1e-5
+    cycle = fixed_point(lambda z: 1 - z, torch.zeros(1, 2), solver="picard", throw=False)
+    assert cycle.result.tolist() == [FixedPointResult.STALLED] and cycle.evaluations <= 100
+
+
+@pytest.mark.parametrize("solver", OURS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_states_are_solved(solver, dtype):
+    x = randn(5, 16).to(dtype)
+    W = (torch.linalg.qr(randn(16, 16))[0] * 0.7).to(dtype)
+    found = fixed_point(lambda z, x: torch.tanh(z @ W + x), 0 * x, inputs=(x,), solver=solver)
+    exact = fixed_point(
+        lambda z, x: torch.tanh(z @ W.double() + x), 0 * x.double(), inputs=(x.double(),)
+    ).value
+    assert found.value.dtype == dtype and relative(found.value.double(), exact) < 0.1
+
+
+def test_states_may_be_tuples_of_tensors():
+    u, v = randn(3, 4), randn(3, 2, 2, seed=1)
+    f = lambda z, x: (0.5 * torch.cos(z[0]) + x, 0.3 * z[1] + z[0].reshape(3, 2, 2))
+    start = (torch.zeros_like(u), torch.zeros_like(v))
+    found = fixed_point(lambda z: f(z, u), start)
+    assert isinstance(found.value, tuple)
+    for a, b in zip(found.value, f(found.value, u), strict=True):
+        assert (a - b).norm() < 1e-8
+    with pytest.raises(ValueError, match=r"expected \[\(3, 4\), \(3, 2, 2\)\], got \(3, 4\)"):
+        fixed_point(lambda z: z[0], start)
+    with pytest.raises(ValueError, match="z0 must have one batch size, dtype and device"):
+        fixed_point(lambda z: z, (torch.zeros(2, 3), torch.zeros(3, 3)))
+
+
+def test_solvers_are_values():
+    for solver in (Anderson(), Picard(), Broyden(), NewtonKrylov(), Fallback(), TorchDEQ()):
+        assert pickle.loads(pickle.dumps(solver)) == solver
+    with pytest.raises(TypeError, match="Anderson has no option 'memroy'; did you mean 'memory'"):
+        Anderson(memroy=3)
+
+
+def test_one_step_is_one_evaluation():
+    found = fixed_point(torch.cos, torch.zeros(2, 3), max_steps=1, throw=False)
+    assert found.result.tolist() == [FixedPointResult.MAX_STEPS] * 2
+    assert found.evaluations.tolist() == [1, 1]
 
 
 def test_evaluations_are_counted_per_sample():
@@ -107,6 +304,19 @@ def test_scalar_states_and_an_empty_batch_are_allowed():
         (lambda: fixed_point(torch.cos, torch.zeros(2, 3).long()), "z0 must be a floating-point"),
         (lambda: fixed_point(lambda z: z[:, :1], torch.zeros(2, 3)), "f must keep the shape of z"),
         (lambda: Anderson(memory=0), "memory must be at least 1"),
+        (lambda: Anderson(memory=4), "a multiple of period 3, got 4"),
+        (lambda: Anderson(period=0), "period must be at least 1"),
+        (lambda: Broyden(memory=0), "memory must be at least 1"),
+        (lambda: Picard(relaxation=1.5), r"relaxation must lie in \(0, 1\]"),
+        (lambda: Picard(patience=0), "patience must be at least 1"),
+        (
+            lambda: fixed_point(torch.add, torch.zeros(2, 3), inputs=(torch.zeros(3, 3),)),
+            r"inputs\[0\] must be a tensor of batch size 2, got \(3, 3\)",
+        ),
+        (
+            lambda: fixed_point(torch.cos, torch.zeros(2, 3), solver="andersen"),
+            "Did you mean 'anderson'",
+        ),
         (lambda: TorchDEQ(name="newton"), "name must be one of"),
     ],
 )

@@ -1,0 +1,130 @@
+"""Tests for `deqlqr/resolvent.py` and `deqlqr/adjoint.py`."""
+
+import pytest
+import torch
+
+from deqlqr import ConvergenceError, Costate, FixedPointResult, Implicit, Neumann, Resolvent
+
+from .problems import randn, relative
+
+
+def contraction(n=40, batch=5, rho=0.9, seed=0):
+    """L (batch, n, n), not normal, with spectral radius rho."""
+    L = randn(batch, n, n, seed=seed)
+    return L * rho / torch.linalg.eigvals(L).abs().amax(-1)[:, None, None]
+
+
+def product_with(L, calls=None):
+    def product(x):
+        if calls is not None:
+            calls.append(len(x))
+        return (L @ x[..., None])[..., 0]
+
+    return product
+
+
+def exact(L, c):
+    return torch.linalg.solve(torch.eye(L.shape[-1], dtype=L.dtype) - L, c)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("rho", [0.3, 0.9, 1.5])
+def test_one_and_several_right_sides_are_solved(dense, rho):
+    L, c = contraction(rho=rho), randn(5, 3, 40, seed=1)
+    one = Resolvent(product_with(L), tol=1e-12, max_steps=200, dense=dense)
+    found = one.solve(c[:, 0])
+    assert found.converged.all() and relative(found.value, exact(L, c[:, 0])) < 1e-9
+    many = Resolvent(product_with(L), tol=1e-12, max_steps=200, dense=dense).solve(c)
+    for k in range(3):
+        assert relative(many.value[:, k], exact(L, c[:, k])) < 1e-9
+    assert many.value.shape == c.shape and many.converged.all()
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_one_right_side_has_built_serves_the_next(dense):
+    L, calls = contraction(rho=0.95), []
+    resolvent = Resolvent(product_with(L, calls), tol=1e-10, max_steps=200, dense=dense)
+    c = randn(5, 40, seed=1)
+    first = resolvent.solve(c)
+    used = len(calls)
+    near = c + 1e-3 * randn(5, 40, seed=2)
+    again = resolvent.solve(near)
+    assert relative(again.value, exact(L, near)) < 1e-8
+    assert len(calls) - used < 0.8 * used
+    assert int(first.evaluations[0]) == used
+    assert int(again.evaluations[0]) == len(calls) - used
+
+
+def test_a_start_near_the_solution_saves_products():
+    L, c = contraction(n=80, rho=0.95), randn(5, 80, seed=1)
+    cold = Resolvent(product_with(L), tol=1e-8, max_steps=200, dense=False).solve(c)
+    warm = Resolvent(product_with(L), tol=1e-8, max_steps=200, dense=False).solve(
+        c, start=exact(L, c) * (1 + 1e-5)
+    )
+    assert warm.evaluations[0] < 0.7 * cold.evaluations[0] and warm.converged.all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 20])
+def test_the_bound_of_the_error_is_one_and_is_close(steps, seed):
+    L, c = contraction(rho=0.8, seed=seed), randn(5, 40, seed=seed + 9)
+    found = Resolvent(product_with(L), tol=1e-12, max_steps=steps, dense=False).solve(c)
+    truth = exact(L, c)
+    error = (found.value - truth).norm(dim=-1) / found.value.norm(dim=-1)
+    assert (found.result == FixedPointResult.MAX_STEPS).all()
+    assert (found.error >= 0.8 * error).all() and (found.error <= 3 * error).all()
+    with pytest.raises(ConvergenceError, match="Relative error up to"):
+        found.raise_if_failed()
+
+
+def test_the_bound_holds_where_the_solve_converged():
+    L, c = contraction(n=20, rho=0.9), randn(5, 20)
+    for dense in (True, False):
+        found = Resolvent(product_with(L), tol=1e-6, max_steps=100, dense=dense).solve(c)
+        error = (found.value - exact(L, c)).norm(dim=-1) / found.value.norm(dim=-1)
+        assert found.converged.all() and (found.error >= error * 0.99 - 1e-14).all()
+
+
+def test_skew_maps_which_stall_conjugate_residuals_are_solved():
+    n = 30
+    S = randn(4, n, n)
+    S = S - S.mT
+    L = torch.eye(n, dtype=torch.float64) - 0.5 * S  # I - L is skew: its residual step is zero
+    c = randn(4, n, seed=1)
+    found = Resolvent(product_with(L), tol=1e-10, max_steps=300, dense=False).solve(c)
+    assert found.converged.all() and relative(found.value, exact(L, c)) < 1e-6
+
+
+def test_coupled_samples_are_solved_by_iteration_and_non_finite_ones_reported():
+    mixing = lambda x: 0.4 * (x + x.roll(1, 0))
+    c = randn(6, 30)
+    found = Implicit().solve(mixing, c, 1e-10)
+    assert found.converged.all()
+    assert relative(c + mixing(found.value), found.value) < 1e-8
+    found = Resolvent(lambda x: x / 0.0, tol=1e-8, max_steps=9, dense=False).solve(c)
+    assert (found.result == FixedPointResult.NON_FINITE).all()
+
+
+def test_all_exact_adjoints_agree_and_zero_has_the_answer_zero():
+    L, c = contraction(n=12), randn(5, 12)
+    for adjoint in (Implicit("dense"), Implicit("krylov"), Implicit(), Costate()):
+        found = adjoint.solve(product_with(L), c, 1e-12)
+        assert relative(found.value, exact(L, c)) < 1e-9 and (found.error < 1e-8).all()
+        assert adjoint.solve(product_with(L), 0 * c, 1e-12).value.abs().max() == 0
+    truncated = Neumann(2).solve(product_with(L), c, 1e-12)
+    times = product_with(L)
+    assert relative(truncated.value, c + times(c) + times(times(c))) < 1e-14
+    assert truncated.error.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Implicit(method="lu"), "method must be one of"),
+        (lambda: Implicit(max_steps=0), "max_steps must be at least 1"),
+        (lambda: Neumann(-1), "terms must be at least 0"),
+    ],
+)
+def test_misuse_names_the_argument(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
