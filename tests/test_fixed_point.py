@@ -113,7 +113,9 @@ def test_a_sample_alone_gives_what_it_gives_in_company():
         keep = [0, 1, 2, 4, 5, 6]
         assert spoilt.result[3] == FixedPointResult.NON_FINITE
         assert relative(spoilt.value[keep], together.value) < 1e-9
-        assert torch.equal(spoilt.evaluations[keep], together.evaluations)
+        # BLAS rounds differently for another number of rows, which Broyden's updates amplify.
+        more = (spoilt.evaluations[keep] - together.evaluations).abs().max()
+        assert more <= (2 if solver == "broyden" else 0)
         for i in range(6):
             alone = solve(x[i : i + 1])
             assert relative(alone.value[0], together.value[i]) < 1e-9
