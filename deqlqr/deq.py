@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deqlqr._checks import choice, one_forward_level, unknown_option
-from deqlqr.adjoint import Adjoint, Neumann, make_adjoint
-from deqlqr.equilibrium import Flat, Problem, equilibrium
+from deqlqr.adjoint import Adjoint, Implicit, Neumann, make_adjoint
+from deqlqr.equilibrium import Flat, Problem, equilibrium, pullback_at
 from deqlqr.fixed_point import make_solver, solve_flat
 from deqlqr.frozen import Frozen
-from deqlqr.resolvent import LinearSolution, Product
+from deqlqr.resolvent import LinearSolution, Product, Resolvent
 from deqlqr.solution import ConvergenceError
 from deqlqr.solver import FixedPointSolution, RowMap, Solver
 from deqlqr.state import StateShape
@@ -145,6 +145,31 @@ class DEQ(nn.Module):
         return shape.unflatten(
             torch.zeros(x.shape[0], shape.size, dtype=real.dtype, device=x.device)
         )
+
+    def resolvent(self, z: Any, *inputs: Any, **shared: Any) -> Resolvent:
+        """Return (I - A')^-1 at the fixed point z, for any number of cotangents.
+
+        One factorisation or Krylov space serves them all: the gradient's cotangent, and those of
+        a natural gradient.
+
+        Args:
+            z: Output of the layer for the inputs.
+            inputs: The layer's inputs.
+            shared: Its keywords.
+
+        Returns:
+            A `Resolvent`: `solve(g)` gives lam of (D1), flat, for g (batch, n) or (batch, k, n).
+
+        Raises:
+            ValueError: If `backward` is an inexact one, or `"lqr"`.
+        """
+        adjoint = make_adjoint(self.backward)
+        if not isinstance(adjoint, Implicit):
+            raise ValueError(f"resolvent needs backward='implicit', got {self.backward!r}.")
+        call = Call(self, inputs, shared, z)
+        product = pullback_at(call.evaluate, call.start, call.tensors)
+        tol = self.solver.tolerance(call.start.dtype)
+        return adjoint.resolvent(product, call.start.shape[1], tol)
 
     def forget(self) -> None:
         """Drop what `warm_start` has kept."""

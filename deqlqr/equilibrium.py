@@ -217,6 +217,11 @@ def pullback(f: Flat, *primals: Tensor) -> tuple[Tensor, Callable[..., tuple[Ten
     return value, pull
 
 
+def pullback_at(f: Flat, z: Tensor, tensors: Any) -> Product:
+    """Return lam -> A' lam at z, from one evaluation of f; not differentiable."""
+    return _pullback(f, z, tensors)[0]
+
+
 def _affine(f: Flat, zero: Tensor, tensors: Any) -> tuple[Product, Tensor]:
     """Return the linear part of x -> f(x, *tensors) and its value at zero."""
     right = f(zero, *tensors)

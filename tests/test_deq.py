@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from deqlqr import DEQ, Anderson, ConvBlock, ConvergenceError, DenseBlock, Implicit, Picard
@@ -295,16 +297,34 @@ def test_warm_starts_save_evaluations_and_change_nothing_else():
     assert counts[True][0] < 0.85 * counts[False][0] and counts[True][1] < counts[False][1]
 
 
-def test_random_contractive_blocks_have_the_unrolled_gradient():
-    for seed in range(10):
-        torch.manual_seed(seed)
-        n = 2 + 5 * seed
-        block, x = DenseBlock(n, gain=0.8).double(), randn(3, n, seed=seed).requires_grad_()
-        layer = DEQ(block, **TIGHT)
-        weight = randn(3, n, seed=seed + 1)
-        ours = grads(layer(x), block, x, weight)
-        theirs = grads(unrolled(block, x, 250), block, x, weight)
-        assert all(relative(a, b) < 1e-9 for a, b in zip(ours, theirs, strict=True))
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 40), norm=st.floats(0.05, 0.85))
+def test_random_contractive_blocks_have_the_unrolled_gradient(seed, n, norm):
+    torch.manual_seed(seed)
+    block, x = DenseBlock(n, gain=norm).double(), randn(3, n, seed=seed).requires_grad_()
+    weight = randn(3, n, seed=seed + 1)
+    theirs = grads(unrolled(block, x, 250), block, x, weight)
+    for solver in ("anderson", "broyden"):
+        ours = grads(DEQ(block, solver=solver, **TIGHT)(x), block, x, weight)
+        assert all(relative(a, b) < 1e-8 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("n", [6, 60])
+def test_one_resolvent_serves_the_gradient_and_many_other_cotangents(n):
+    torch.manual_seed(0)
+    block, x = DenseBlock(n, gain=0.85).double(), randn(4, n)
+    layer = DEQ(block, tol=1e-12)
+    z = layer(x)
+    resolvent = layer.resolvent(z, x)
+    g = randn(4, 5, n, seed=2)
+    lam = resolvent.solve(g)
+    A = torch.func.vmap(torch.func.jacrev(lambda z, x: block(z[None], x[None])[0]))(z.detach(), x)
+    exact = torch.linalg.solve(torch.eye(n).double() - A.mT, g.mT).mT
+    assert lam.converged.all() and relative(lam.value, exact) < 1e-9
+    alone = sum(int(layer.resolvent(z, x).solve(g[:, k]).evaluations[0]) for k in range(5))
+    assert int(lam.evaluations[0]) < alone
+    with pytest.raises(ValueError, match="resolvent needs backward='implicit'"):
+        DEQ(block, backward="lqr").resolvent(z, x)
 
 
 def test_state_shape_comes_from_the_argument_the_block_or_the_input():
