@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from torch._C._functorch import TransformType
@@ -30,9 +31,39 @@ def unknown_option(owner: str, name: str, known: Iterable[str]) -> str:
 
 
 def _nearest(name: str, known: tuple[str, ...]) -> str | None:
-    within = [k for k in known if len(k) > 2 and (name.startswith(k) or k.startswith(name))]
+    alike = lambda a, b: len(b) > 2 and a.startswith(b)
+    within = [k for k in known if alike(name, k) or alike(k, name)]
     near = within or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return near[0] if near else None
+
+
+class Options:
+    """Base of dataclasses of options: refuses a name they do not have, naming the nearest."""
+
+    def __new__(cls, *_: Any, **options: Any) -> "Options":
+        """Check the names.
+
+        Raises:
+            TypeError: If an option is unknown.
+        """
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in options:
+            if name not in known:
+                raise TypeError(unknown_option(cls.__name__, name, known))
+        return super().__new__(cls)
+
+
+def count(name: str, value: Any, least: int = 1) -> int:
+    """Return `value` if it is an int and not below `least`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an int, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return value
 
 
 def at_least(name: str, value: float, least: float, *, strict: bool = False) -> float:

@@ -13,7 +13,7 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
-from deqlqr._checks import choice
+from deqlqr._checks import Options, at_least, choice, count
 from deqlqr._linalg import identity_like
 from deqlqr.lqr import LQR
 from deqlqr.resolvent import LinearSolution, Product, Resolvent
@@ -34,7 +34,7 @@ class Adjoint(Protocol):
 
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(Options):
     """The exact adjoint, by factorisation for few states and a Krylov method for many.
 
     Attributes:
@@ -54,11 +54,10 @@ class Implicit:
 
     def __post_init__(self) -> None:
         choice("method", self.method, get_args(Method))
-        if self.max_steps < 1 or self.dense_up_to < 0:
-            raise ValueError(
-                f"max_steps must be at least 1 and dense_up_to at least 0, got {self.max_steps} "
-                f"and {self.dense_up_to}."
-            )
+        count("max_steps", self.max_steps)
+        count("dense_up_to", self.dense_up_to, 0)
+        if self.tol is not None:
+            at_least("tol", self.tol, 0.0, strict=True)
 
     def resolvent(self, product: Product, n: int, tol: float) -> Resolvent:
         """Return (I - A')^-1, for one right side or many."""
@@ -79,7 +78,7 @@ class Implicit:
 
 
 @dataclass(frozen=True)
-class Neumann:
+class Neumann(Options):
     """The truncated series (D3): inexact, cheap; `terms=0` is the one-step gradient.
 
     The bound of the error is not known and reported as NaN. Differentiated again it is the
@@ -92,8 +91,7 @@ class Neumann:
     terms: int = 5
 
     def __post_init__(self) -> None:
-        if self.terms < 0:
-            raise ValueError(f"terms must be at least 0, got {self.terms}.")
+        count("terms", self.terms, 0)
 
     def solve(
         self, product: Product, right: Tensor, tol: float, start: Tensor | None = None
@@ -103,7 +101,8 @@ class Neumann:
         for _ in range(self.terms):
             term = product(term)
             lam = lam + term
-        result = torch.full(right.shape[:1], int(FixedPointResult.CONVERGED), device=right.device)
+        good = lam.isfinite().all(-1)
+        result = torch.where(good, FixedPointResult.CONVERGED, FixedPointResult.NON_FINITE)
         unknown = torch.full(right.shape[:1], float("nan"), dtype=lam.dtype, device=right.device)
         evaluations = torch.full_like(result, self.terms)
         return LinearSolution(lam, result, evaluations, unknown, unknown)
@@ -171,7 +170,7 @@ def make_adjoint(backward: "str | Adjoint") -> Adjoint:
     """
     if isinstance(backward, str):
         return _BY_NAME[choice("backward", backward, tuple(_BY_NAME))]
-    if not isinstance(backward, Adjoint):
+    if isinstance(backward, type) or not isinstance(backward, Adjoint):
         raise ValueError(
             f"backward must be a name or an Adjoint such as Implicit(), got {backward!r}."
         )

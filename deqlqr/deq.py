@@ -12,11 +12,13 @@ import inspect
 import warnings
 from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from deqlqr._checks import choice, one_forward_level, unknown_option
 from deqlqr.adjoint import Adjoint, Implicit, Neumann, make_adjoint
@@ -24,7 +26,7 @@ from deqlqr.equilibrium import Flat, Problem, equilibrium, pullback_at
 from deqlqr.fixed_point import make_solver, solve_flat
 from deqlqr.frozen import Frozen
 from deqlqr.resolvent import LinearSolution, Product, Resolvent
-from deqlqr.solution import ConvergenceError
+from deqlqr.solution import ConvergenceError, FixedPointResult
 from deqlqr.solver import FixedPointSolution, RowMap, Solver
 from deqlqr.state import StateShape
 
@@ -100,6 +102,12 @@ class DEQ(nn.Module):
         self.solver = make_solver(solver, tol, max_steps)
         self.backward = backward
         make_adjoint(backward)
+        taken = {"z0", "key"} & set(list(inspect.signature(block.forward).parameters)[1:])
+        if taken:
+            raise ValueError(
+                f"block.forward has an argument named {taken.pop()!r}, a name that the layer's own "
+                "forward takes; rename it."
+            )
         self.on_failure = choice("on_failure", on_failure, get_args(OnFailure))
         self.state_shape = None if state_shape is None else StateShape.declared(state_shape)
         self.warm_start = warm_start
@@ -107,13 +115,13 @@ class DEQ(nn.Module):
         self.backward_solution: LinearSolution | None = None
         self._tap: Tap | None = None
         self._warm: dict[tuple[str, Hashable], Tensor] = {}
-        self._divisible: dict[bool, bool | None] = {}  # by training mode
 
     def forward(self, *inputs: Any, z0: Any = None, key: Hashable = None, **shared: Any) -> Any:
         """Return z* (batch, *state) for the injection x (batch, ...).
 
         Args:
-            inputs: What the block takes after z; tensors are per sample, the first is x.
+            inputs: What the block takes after z; tensors are per sample, the first is x. Tuples,
+                lists and dictionaries of tensors are looked into.
             z0: Start of the forward solve, `(batch, *state)`; zeros if `None`. No gradient.
             key: Names the batch for `warm_start`, e.g. its number in a fixed order of the data.
             shared: Keywords of the block, the same for all samples.
@@ -129,7 +137,7 @@ class DEQ(nn.Module):
             return self._tap.record(self.block, *inputs, **shared)
         one_forward_level("the DEQ layer")
         call = Call(self, inputs, shared, z0, key)
-        z = equilibrium(call.problem, call.start, call.tensors)
+        z = equilibrium(call.problem(), call.start, call.tensors)
         return call.shape.unflatten(z)
 
     def initial_state(self, *inputs: Any) -> Any:
@@ -210,7 +218,6 @@ class Call:
     """One forward pass: the block as a flat map of its tensors, and how it is solved.
 
     Attributes:
-        problem: The `Problem`.
         start: z0 (batch, n).
         tensors: Per-sample inputs, then shared tensors, parameters and buffers.
         shape: Shape of the state.
@@ -226,15 +233,17 @@ class Call:
     ) -> None:
         if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() < 1:
             raise ValueError(
-                "the DEQ layer needs an input tensor x (batch, ...) to be called with."
+                "the DEQ layer needs a tensor x (batch, ...) as its first positional argument."
             )
-        self.layer, self.inputs, self.shared, self.key = layer, inputs, shared, key
+        self.layer, self.key = layer, key
+        self._own = _Tensors(inputs)
+        self._shared = _Tensors(shared)
         batch = inputs[0].shape[0]
-        for i, x in enumerate(inputs):
-            if isinstance(x, Tensor) and (x.dim() < 1 or x.shape[0] != batch):
+        for x in self._own.tensors:
+            if x.dim() < 1 or x.shape[0] != batch:
                 raise ValueError(
-                    f"input {i} must have batch size {batch} like input 0, got {tuple(x.shape)}; "
-                    "what all samples share is given by keyword."
+                    f"positional tensors must have batch size {batch} like the first, got "
+                    f"{tuple(x.shape)}; what all samples share is given by keyword."
                 )
         start = layer.initial_state(*inputs) if z0 is None else z0
         self.shape = StateShape.of(start, "z0")
@@ -244,16 +253,20 @@ class Call:
         cold = self.shape.flatten(start).detach()
         self.start = cold if z0 is not None else self._warmed("z", cold, cold)
         self.frozen = Frozen(layer.block, first.device)
-        own = [x for x in inputs if isinstance(x, Tensor)]
-        keywords = {name: v for name, v in shared.items() if isinstance(v, Tensor)}
-        self.named = tensors_of(layer.block)
-        self.keywords, self.count = list(keywords), len(own)
-        self.tensors = (*own, *keywords.values(), *self.named.values())
-        adjoint = make_adjoint(layer.backward)
-        self.adjoint = adjoint
-        self.problem = Problem(
+        named = tensors_of(layer.block)
+        # The block's own change at the end of the solve; the derivative is that of the solve.
+        self.buffers = {name for name, _ in layer.block.named_buffers()}
+        copied = self.buffers if layer.block.training else set()
+        self.named = {k: v.clone() if k in copied else v for k, v in named.items()}
+        self.tensors = (*self._own.tensors, *self._shared.tensors, *self.named.values())
+
+    def problem(self) -> Problem:
+        """Return the fixed-point problem with its rules of solution."""
+        count = len(self._own.tensors)
+        adjoint = make_adjoint(self.layer.backward)
+        return Problem(
             f=self.evaluate,
-            per_sample=(True,) * len(own) + (False,) * (len(self.tensors) - len(own)),
+            per_sample=(True,) * count + (False,) * (len(self.tensors) - count),
             solve=self._solve,
             solve_linear=self._solve_linear,
             neumann=adjoint if isinstance(adjoint, Neumann) else None,
@@ -261,72 +274,88 @@ class Call:
 
     def evaluate(self, z: Tensor, *tensors: Tensor) -> Tensor:
         """Return f(z) flat, with the tensors given in place of the layer's own."""
-        own, rest = tensors[: self.count], tensors[self.count :]
-        keywords = dict(zip(self.keywords, rest, strict=False))
-        given = dict(zip(self.named, rest[len(keywords) :], strict=True))
-        inputs, shared = self._arguments(own, keywords)
+        own, keywords = len(self._own.tensors), len(self._shared.tensors)
+        named = tensors[own + keywords :]
+        given = dict(zip(self.named, named, strict=True))
+        if self.frozen.moves:
+            given = {k: v.clone() if k in self.buffers else v for k, v in given.items()}
+        inputs = self._own.filled(tensors[:own])
+        shared = self._shared.filled(tensors[own : own + keywords])
         state = self.shape.unflatten(z)
         return self._checked(
-            lambda: functional_call(self.layer.block, given, (state, *inputs), shared), len(z)
+            lambda: functional_call(self.layer.block, given, (state, *inputs), shared),
+            state,
+            len(z),
         )
 
     def _direct(self, z: Tensor, *own: Tensor) -> Tensor:
         """Return f(z) flat of the block as it stands: as `evaluate`, without its overhead."""
-        inputs, shared = self._arguments(own, {})
+        inputs, shared = self._own.filled(own), self._shared.whole
         state = self.shape.unflatten(z)
-        return self._checked(lambda: self.layer.block(state, *inputs, **shared), len(z))
+        return self._checked(lambda: self.layer.block(state, *inputs, **shared), state, len(z))
 
-    def _arguments(
-        self, own: tuple[Tensor, ...], keywords: dict[str, Tensor]
-    ) -> tuple[list[Any], dict[str, Any]]:
-        if len(own) == len(self.inputs):
-            return list(own), {**self.shared, **keywords}
-        tensors = iter(own)
-        inputs = [next(tensors) if isinstance(x, Tensor) else x for x in self.inputs]
-        return inputs, {**self.shared, **keywords}
-
-    def _checked(self, evaluate: Callable[[], Any], batch: int) -> Tensor:
-        return self.shape.require(
-            self.frozen(evaluate), batch, "block must return f(z, x) with the shape of z", _HINT
-        )
+    def _checked(self, evaluate: Callable[[], Any], state: Any, batch: int) -> Tensor:
+        if self.frozen.random is not None:
+            return self.shape.require(self.frozen(evaluate), batch, _SHAPE, _HINT)
+        parts = (state,) if self.shape.single else state
+        versions = [part._version for part in parts]
+        try:
+            fz = self.frozen(evaluate)
+        except (RuntimeError, TypeError) as error:
+            shapes = [tuple(x.shape) for x in self._own.tensors]
+            raise ValueError(
+                f"block raised at its first evaluation, with z of shape "
+                f"{[tuple(part.shape) for part in parts]} and inputs of shapes {shapes}: {error}."
+                f"{_HINT}"
+            ) from error
+        if versions != [part._version for part in parts]:
+            raise ValueError("block changes z in place; it must leave z as it is.")
+        return self.shape.require(fz, batch, _SHAPE, _HINT)
 
     def _solve(self, f: Flat, z0: Tensor, tensors: tuple[Tensor, ...], divisible: bool) -> Tensor:
-        layer, block = self.layer, self.layer.block
+        layer = self.layer
         direct = f == self.evaluate and all(
             a is b for a, b in zip(tensors, self.tensors, strict=True)
         )
-        own, rest = tensors[: self.count], tensors[self.count :]
-        probe = (lambda z, *x: self._direct(z, *x)) if direct else (lambda z, *x: f(z, *x, *rest))
-        known = layer._divisible.get(block.training) if divisible else False
-        rows = _Rows(probe, own, known, self.frozen)
-        found = solve_flat(rows, z0, layer.solver)
-        if divisible and not self.frozen.random:
-            layer._divisible[block.training] = rows.divisible
+        count = len(self._own.tensors)
+        own, rest = tensors[:count], tensors[count:]
+        probe = self._direct if direct else lambda z, *x: f(z, *x, *rest)
+        rows = _Rows(probe, own, None if divisible else False, self.frozen)
+        found = solve_flat(rows, z0, replace(layer.solver, tol=self._tolerance(z0.dtype)))
         if self.frozen.autocast[0]:
             torch.clear_autocast_cache()  # weights cast without a graph must not be used with one
-        if direct and self.frozen.norms:
+        if direct:
             self.frozen.update_statistics(lambda: self._direct(found.value, *own))
-        if self.frozen.random:
-            self.frozen.advance()
-        layer.solution = FixedPointSolution(
-            self.shape.unflatten(found.value), found.result, found.evaluations, found.residual,
-            found.rows,
-        )  # fmt: skip
-        self._keep("z", found.value)
+        self.frozen.advance()
+        value = found.value.clone()  # the caller may change what it is given
+        layer.solution = replace(found, value=self.shape.unflatten(value))
+        self._keep("z", value)
         layer.report(layer.solution, "fixed point of the block")
         return found.value
+
+    def _tolerance(self, dtype: torch.dtype) -> float | None:
+        """Return the layer's tolerance: under autocast that of the type it computes in."""
+        solver, (enabled, low) = self.layer.solver, self.frozen.autocast
+        return solver.tolerance(low) if enabled else solver.tol
 
     def _solve_linear(self, product: Product, right: Tensor) -> Tensor:
         layer, dtype = self.layer, right.dtype
         work = right.float() if torch.finfo(dtype).bits < 32 else right
+        # What is not finite (an overflow that a gradient scaler looks for) is passed on as it is.
+        lost = ~work.isfinite().all(-1)
+        work = work.masked_fill(lost[:, None], 0.0)
         start = self._warmed("lam", work, None)
-        tol = layer.solver.tolerance(dtype)
+        tol = self._tolerance(dtype) or layer.solver.tolerance(dtype)
         with torch.no_grad():
-            found = self.adjoint.solve(product, work, tol, start)
-        layer.backward_solution = found
-        self._keep("lam", found.value)
-        layer.report(found, "adjoint (D1) of the block")
-        return found.value.to(dtype)
+            found = make_adjoint(layer.backward).solve(product, work, tol, start)
+        # Nobody asks about a sample whose A is not finite: its part is nothing.
+        idle = (work == 0).all(-1) & ~found.value.isfinite().all(-1)
+        codes = found.result.masked_fill(idle, int(FixedPointResult.CONVERGED))
+        value = found.value.masked_fill(idle[:, None], 0.0)
+        layer.backward_solution = replace(found, value=value, result=codes)
+        self._keep("lam", value)
+        layer.report(layer.backward_solution, "adjoint (D1) of the block")
+        return value.masked_fill(lost[:, None], float("nan")).to(dtype)
 
     def _warmed(self, kind: str, like: Tensor, cold: Tensor | None) -> Any:
         kept = self.layer._warm.get((kind, self.key)) if self.layer.warm_start else None
@@ -339,10 +368,28 @@ class Call:
             self.layer._warm[kind, self.key] = value.detach()
 
 
+_SHAPE = "block must return f(z, x) with the shape of z"
 _HINT = (
     " If the state differs in shape from the input, give DEQ state_shape=... or the block a method "
     "state_shape(x)."
 )
+
+
+class _Tensors:
+    """The tensors in a nest of tuples, lists and dictionaries, and the nest to put others in."""
+
+    def __init__(self, whole: Any) -> None:
+        self.whole = whole
+        self._leaves, self._nest = tree_flatten(whole)
+        self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the nest with these tensors."""
+        if len(self.tensors) == len(self._leaves):
+            return tree_unflatten(list(tensors), self._nest)
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return tree_unflatten(leaves, self._nest)
 
 
 class _Rows(RowMap):
@@ -354,10 +401,10 @@ class _Rows(RowMap):
         super().__init__(f, inputs, divisible)
         self.frozen = frozen
 
-    def split(self, keep: Tensor, z: Tensor, fz: Tensor) -> RowMap:
+    def split(self, keep: Tensor, z: Tensor, fz: Tensor, tol: float) -> RowMap:
         if self.frozen.random:
             self.divisible = False
-        return super().split(keep, z, fz)
+        return super().split(keep, z, fz, tol)
 
 
 class Tap:

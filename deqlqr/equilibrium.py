@@ -10,7 +10,7 @@ Every solve happens in `forward`, which torch.func calls with plain tensors.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Problem:
         def solve(given: Flat, lam: Tensor, tensors: tuple[Tensor, ...], divisible: bool) -> Tensor:
             g, z, *rest = tensors
             if given is f:
-                return self.solve_linear(_pullback(self.f, z, rest)[0], g)
+                return self.solve_linear(_evaluated(self.f, z, rest).product, g)
             return self.solve_linear(*_affine(given, lam, tensors))
 
         return replace(self, f=f, per_sample=(True, True, *self.per_sample), solve=solve)
@@ -104,11 +104,16 @@ class _Equilibrium(torch.autograd.Function):
             i for i, need in enumerate(ctx.needs_input_grad[2:]) if need
         ]  # integers have no gradient and need none
         if not torch.is_grad_enabled() and not transformed():
-            product, fz, leaves = _pullback(problem.f, z, tensors, wanted)
-            lam = problem.solve_linear(product, g)
-            grads = torch.autograd.grad(
-                fz, [leaves[i] for i in wanted], lam.to(fz.dtype), allow_unused=True
-            ) if wanted else ()  # (D2)  # fmt: skip
+            at = _evaluated(problem.f, z, tensors, wanted)
+            lost = ~at.fz.detach().isfinite().all(-1) & (g == 0).all(-1)
+            if lost.any() and not lost.all():  # 0 times NaN would reach shared parameters
+                z, *tensors = _filled(lost, (z, *tensors), (True, *problem.per_sample))
+                at = _evaluated(problem.f, z, tensors, wanted)
+            _require_complete(at)
+            lam = problem.solve_linear(at.product, g)
+            leaves = [at.leaves[i] for i in wanted]
+            grads = torch.autograd.grad(at.fz, leaves, lam.to(at.fz.dtype), allow_unused=True)
+            # (D2)
         else:
             lam = _differentiable_adjoint(problem, g, z, tensors)
 
@@ -145,36 +150,30 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, problem: Problem, z0: Tensor, *tensors: Tensor) -> tuple:
         _, z_dim, *dims = in_dims
-        size = info.batch_size
+        size, own = info.batch_size, problem.per_sample
         z0 = batch_first(z0, z_dim, size)
         batch = z0.shape[1]
+        axes = [0 if mine or dim is not None else None for dim, mine in zip(dims, own, strict=True)]
         mapped = [
-            t if dim is None and not own else batch_first(t, dim, size)
-            for t, dim, own in zip(tensors, dims, problem.per_sample, strict=True)
+            t if axis is None else batch_first(t, dim, size).contiguous()
+            for t, dim, axis in zip(tensors, dims, axes, strict=True)
         ]
-        folded = [
-            t.flatten(0, 1) if own else t for t, own in zip(mapped, problem.per_sample, strict=True)
-        ]
-        shared = [
-            0 if dim is not None and not own else None
-            for dim, own in zip(dims, problem.per_sample, strict=True)
-        ]
-        if any(dim is not None for dim in shared):
-            problem = _with_many(problem, size, shared)
-        z = _Equilibrium.apply(problem, z0.flatten(0, 1), *folded)
+        folded = [t.flatten(0, 1) if mine else t for t, mine in zip(mapped, own, strict=True)]
+        many = _with_many(problem, size, axes)
+        z = _Equilibrium.apply(many, z0.contiguous().flatten(0, 1), *folded)
         return z.unflatten(0, (size, batch)), 0
 
 
-def _with_many(problem: Problem, size: int, shared: list[int | None]) -> Problem:
-    """Return the problem in which shared tensors differ between `size` groups of samples."""
-    axes = [0 if own else dim for own, dim in zip(problem.per_sample, shared, strict=True)]
+def _with_many(problem: Problem, size: int, axes: list[int | None]) -> Problem:
+    """Return `size` problems side by side; samples of different ones never see each other."""
 
     def f(z: Tensor, *tensors: Tensor) -> Tensor:
         groups = [
             t.unflatten(0, (size, -1)) if own else t
             for t, own in zip(tensors, problem.per_sample, strict=True)
         ]
-        many = torch.vmap(problem.f, in_dims=(0, *axes))
+        # "same": the groups are one solve, and its random numbers are held.
+        many = torch.vmap(problem.f, in_dims=(0, *axes), randomness="same")
         return many(z.unflatten(0, (size, -1)), *groups).flatten(0, 1)
 
     return replace(problem, f=f, divisible=False)
@@ -193,22 +192,62 @@ def _differentiable_adjoint(
     return lam  # (D3)
 
 
-def _pullback(
-    f: Flat, z: Tensor, tensors: Any, wanted: list[int] | tuple[()] = ()
-) -> tuple[Product, Tensor, list[Tensor]]:
-    """Evaluate f once; return products with A', f(z), and the leaves of the graph."""
+class _Evaluation(NamedTuple):
+    """f evaluated once: its graph, and what hangs on it."""
+
+    fz: Tensor
+    z: Tensor
+    leaves: list[Tensor]
+
+    def product(self, lam: Tensor) -> Tensor:
+        """Return A' lam."""
+        if not self.fz.requires_grad:
+            return torch.zeros_like(lam)
+        (grad,) = torch.autograd.grad(
+            self.fz, self.z, lam.to(self.fz.dtype), retain_graph=True, allow_unused=True
+        )
+        return torch.zeros_like(lam) if grad is None else grad.to(lam.dtype)
+
+
+def _evaluated(f: Flat, z: Tensor, tensors: Any, wanted: list[int] | tuple[()] = ()) -> _Evaluation:
+    """Evaluate f once, with a graph."""
     with torch.enable_grad():
         at = z.detach().requires_grad_()
         leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
-        fz = f(at, *leaves)
+        return _Evaluation(f(at, *leaves), at, leaves)
 
-    def product(lam: Tensor) -> Tensor:
-        (grad,) = torch.autograd.grad(
-            fz, at, lam.to(fz.dtype), retain_graph=True, allow_unused=True
-        ) if fz.requires_grad else (None,)  # fmt: skip
-        return torch.zeros_like(lam) if grad is None else grad.to(lam.dtype)
 
-    return product, fz, leaves
+def _filled(lost: Tensor, tensors: Any, per_sample: tuple[bool, ...]) -> list[Tensor]:
+    """Return the tensors with the samples `lost` replaced by one that is not."""
+    good = int((~lost).nonzero()[0, 0])
+    wide = lambda t: lost.view(-1, *[1] * (t.dim() - 1))
+    return [
+        torch.where(wide(t), t[good], t) if own else t
+        for t, own in zip(tensors, per_sample, strict=True)
+    ]
+
+
+def _require_complete(at: _Evaluation) -> None:
+    """Refuse a block whose output depends on a tensor that would get no gradient.
+
+    Raises:
+        RuntimeError: If f(z) has a leaf in its graph that is no argument, parameter or buffer.
+    """
+    known = {id(leaf) for leaf in (at.z, *at.leaves)}
+    nodes, seen = [at.fz.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            raise RuntimeError(
+                "the block uses a tensor that requires a gradient but is neither an argument nor "
+                f"a parameter (shape {tuple(variable.shape)}, or made from it): it would get "
+                "none. Pass it to the layer as an argument."
+            )
+        nodes.extend(next_node for next_node, _ in node.next_functions)
 
 
 def pullback(f: Flat, *primals: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
@@ -219,7 +258,7 @@ def pullback(f: Flat, *primals: Tensor) -> tuple[Tensor, Callable[..., tuple[Ten
 
 def pullback_at(f: Flat, z: Tensor, tensors: Any) -> Product:
     """Return lam -> A' lam at z, from one evaluation of f; not differentiable."""
-    return _pullback(f, z, tensors)[0]
+    return _evaluated(f, z, tensors).product
 
 
 def _affine(f: Flat, zero: Tensor, tensors: Any) -> tuple[Product, Tensor]:

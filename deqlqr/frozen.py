@@ -1,9 +1,10 @@
 """One solve, one map: what would change between evaluations of a block is held still.
 
-Random numbers (dropout, noise) start from the same state at every evaluation, batch normalisation
-normalises by its running statistics, and autocast is as it was when the solve began, also when the
-block is evaluated again in the backward pass. The running statistics take part in training by one
-evaluation at the fixed point.
+Random numbers (dropout, noise) start from the same state at every evaluation, and so do buffers
+that an evaluation changes (spectral normalisation's vectors, counters). Batch normalisation
+normalises by its running statistics, which take part in training by one evaluation at the fixed
+point. Autocast is as it was when the solve began, also when the block is evaluated again in the
+backward pass.
 """
 
 from collections.abc import Callable
@@ -42,6 +43,9 @@ class Frozen:
         self.random: bool | None = None
         self._start: list[Tensor] = []
         self._end: list[Tensor] = []
+        # Buffers that evaluations change, with what they held before and after the first.
+        self._moving: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._watched = list(block.buffers()) if block.training else []
 
     def __call__(self, evaluate: Callable[[], T]) -> T:
         """Return `evaluate()`, under the state held."""
@@ -58,20 +62,34 @@ class Frozen:
             if self.random:
                 stack.callback(self._set_states, self._states())
                 self._set_states(self._start)
+            for buffer, before, _ in self._moving:
+                buffer.copy_(before)
             return evaluate()
+
+    @property
+    def moves(self) -> bool:
+        """Whether evaluations may change buffers."""
+        return bool(self._moving) or (self.random is None and bool(self._watched))
 
     def _first(self, evaluate: Callable[[], T]) -> T:
         before = self._states()
+        held = [(buffer, buffer.clone(), buffer._version) for buffer in self._watched]
         value = evaluate()
+        self._moving = [(b, old, b.clone()) for b, old, version in held if b._version != version]
         after = self._states()
         self.random = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
         if self.random:
             self._start, self._end = before, after
         return value
 
+    @torch.no_grad()
     def advance(self) -> None:
-        """Leave the random numbers where one evaluation would have left them."""
-        self._set_states(self._end)
+        """Leave random numbers and buffers where one evaluation would have left them."""
+        if self.random:
+            self._set_states(self._end)
+        for buffer, _, after in self._moving:
+            buffer.copy_(after)
+        self._moving = []
 
     @torch.no_grad()
     def update_statistics(self, evaluate: Callable[[], object]) -> None:

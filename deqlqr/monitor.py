@@ -35,9 +35,9 @@ class Observation:
         evaluations: Mean evaluations of f a sample needed, forward.
         residual: Largest residual.
         failed: Share of samples without a fixed point.
-        radius: Largest spectral radius of A over the samples looked at.
+        radius: Largest spectral radius of A over the samples looked at whose A is finite.
         backward_evaluations: Mean products of the last adjoint solve, or `None` before one.
-        backward_error: Largest bound of the adjoint's relative error, or `None`.
+        backward_error: Largest `error` of the last adjoint solve, or `None`.
     """
 
     evaluations: float
@@ -85,7 +85,8 @@ class Monitor:
         part = lambda t: t[: self.samples] if isinstance(t, Tensor) else t
         z = solution.value
         z = part(z) if isinstance(z, Tensor) else tuple(part(t) for t in z)
-        radius = float(jacobian_radius(self.layer, z, *map(part, inputs), **shared).max())
+        radii = jacobian_radius(self.layer, z, *map(part, inputs), **shared)
+        radius = float(radii.nan_to_num(nan=float("-inf")).max())
         if radius >= self.alarm:
             warnings.warn(
                 f"the spectral radius of df/dz at the fixed point has reached {radius:.3f}: the "
@@ -119,7 +120,8 @@ def jacobian_radius(layer: DEQ, z: Any, *inputs: Any, **shared: Any) -> Tensor:
     """
     call = Call(layer, inputs, shared, z)
     at = call.start
-    with torch.no_grad():
+    devices = [at.device] if at.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
         product = lambda v: torch.func.jvp(lambda z: call.evaluate(z, *call.tensors), (at,), (v,))[
             1
         ]
@@ -127,8 +129,15 @@ def jacobian_radius(layer: DEQ, z: Any, *inputs: Any, **shared: Any) -> Tensor:
         if n <= 64:
             unit = identity_like(at.new_empty(n, n))
             A = torch.stack([product(e.expand(batch, n)) for e in unit], dim=-1)
-            return torch.linalg.eigvals(A).abs().amax(-1)
+            return _eigenvalue_radius(A)
         return _ritz_radius(product, at)
+
+
+def _eigenvalue_radius(A: Tensor) -> Tensor:
+    """Return the largest magnitude of the eigenvalues; NaN where A is not finite."""
+    lost = ~A.flatten(1).isfinite().all(-1)
+    radius = torch.linalg.eigvals(A.masked_fill(lost[:, None, None], 0.0)).abs().amax(-1)
+    return radius.masked_fill(lost, float("nan"))
 
 
 def _ritz_radius(product: Product, like: Tensor) -> Tensor:
@@ -154,7 +163,7 @@ def _ritz_radius(product: Product, like: Tensor) -> Tensor:
         # An exhausted space goes on with zeros, which add eigenvalues 0.
         small = size <= 1e2 * torch.finfo(w.dtype).eps * norm(H[:, : k + 1, k])
         basis.append(torch.where(small, 0.0, w / size.clamp(min=tiny)))
-    return torch.linalg.eigvals(H[:, :-1]).abs().amax(-1)
+    return _eigenvalue_radius(H[:, :-1])
 
 
 def jacobian_penalty(

@@ -7,10 +7,12 @@ Source: D. A. Knoll, D. E. Keyes (2004), Jacobian-free Newton-Krylov methods, J.
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from deqlqr._checks import at_least, count
 from deqlqr.resolvent import Resolvent
 from deqlqr.solution import FixedPointResult
 from deqlqr.solver import FixedPointSolution, Memory, RowMap, Solver
@@ -21,8 +23,8 @@ from deqlqr.solvers import Anderson, Picard
 class NewtonKrylov(Solver):
     """Newton's method (FP5) with products A v by forward-mode differentiation of f.
 
-    Finds fixed points that repel plain iteration too; f must support `torch.func.jvp`. Products
-    count as evaluations.
+    Finds fixed points that repel plain iteration too; f must support `torch.func.jvp`. `max_steps`
+    bounds the steps and their halvings; `evaluations` counts the products too.
 
     Attributes:
         inner_tol: Relative residual to which each linear system is solved.
@@ -31,6 +33,17 @@ class NewtonKrylov(Solver):
 
     inner_tol: float = 1e-2
     inner_steps: int = 40
+    every_step: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse options out of range.
+
+        Raises:
+            ValueError: If `inner_tol` is not positive or `inner_steps` is below 1.
+        """
+        super().__post_init__()
+        at_least("inner_tol", self.inner_tol, 0.0, strict=True)
+        count("inner_steps", self.inner_steps)
 
     def start(self, z: Tensor) -> Memory:
         """Return the memory of the line search."""
@@ -86,17 +99,30 @@ class Fallback(Solver):
     """Several solvers, each for the samples at which those before it failed.
 
     A sample that ran out of steps or stalled goes on from its best iterate; one that diverged or
-    overflowed starts anew. The solvers' own tolerances hold where they are set; `tol` fills in.
+    overflowed starts anew. `tol` holds where a solver has none of its own; `max_steps` bounds each.
 
     Attributes:
         solvers: In the order in which they are tried.
     """
+
+    max_steps: int = 500
 
     solvers: tuple[Solver, ...] = (
         Anderson(),
         Picard(relaxation=0.5, max_steps=500),
         NewtonKrylov(),
     )
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a chain of solvers.
+
+        Raises:
+            ValueError: If `solvers` is empty or holds something else.
+        """
+        super().__post_init__()
+        wrong = [s for s in self.solvers if not isinstance(s, Solver)]
+        if not self.solvers or wrong:
+            raise ValueError(f"solvers must be solver objects, at least one, got {self.solvers}.")
 
     def start(self, z: Tensor) -> Memory:
         """Not used: each solver starts for itself."""
@@ -109,7 +135,7 @@ class Fallback(Solver):
             The solution; evaluations are those of all solvers.
         """
         first, *others = (
-            replace(s, tol=self.tol) if s.tol is None and self.tol is not None else s
+            replace(s, tol=s.tol or self.tol, max_steps=min(s.max_steps, self.max_steps))
             for s in self.solvers
         )
         found = first.solve(f, z)
@@ -121,22 +147,19 @@ class Fallback(Solver):
                 found.result == FixedPointResult.NON_FINITE
             )
             start = torch.where(afresh[:, None], z, found.value)
-            rows = found.rows
-            if f.divisible is False:
-                again = solver.solve(RowMap(f.f, f.inputs, False), start)
-                again = replace(again, **{k: getattr(again, k)[failed] for k in _PER_SAMPLE})
+            f.rows = found.rows
+            part = f.split(failed, found.value, f(found.value), solver.tolerance(z.dtype))
+            if part is f:  # samples may depend on each other: all of one solution, or none
+                again = solver.solve(f, start)
+                failed = torch.arange(len(start), device=start.device)
             else:
-                again = solver.solve(RowMap(f.f, f.restricted(failed).inputs, f.divisible),
-                                     start[failed])  # fmt: skip
-            found = _merged(found, again, failed, rows)
+                again = solver.solve(part, start[failed])
+            found = _merged(found, again, failed)
         return found
 
 
-_PER_SAMPLE = ("value", "result", "evaluations", "residual")
-
-
 def _merged(
-    found: FixedPointSolution, again: FixedPointSolution, failed: Tensor, rows: int
+    found: FixedPointSolution, again: FixedPointSolution, failed: Tensor
 ) -> FixedPointSolution:
     """Return the solution in which the samples `failed` were solved again."""
     better = again.converged | (again.residual < found.residual[failed])
@@ -145,4 +168,4 @@ def _merged(
     value[take], residual[take] = again.value[better], again.residual[better]
     result[take] = again.result[better]
     evaluations = found.evaluations.index_add(0, failed, again.evaluations)
-    return FixedPointSolution(value, result, evaluations, residual, rows + again.rows)
+    return FixedPointSolution(value, result, evaluations, residual, again.rows)

@@ -9,8 +9,9 @@ whose pairs (p, q) are kept, so that every further right side starts from their 
 
     (L2)  ||x - x*|| <= ||(I - L)^-1|| ||r||,   r = c - (I - L) x
 
-The norm in (L2) is exact where I - L is factorised. Where it is not, it is estimated: by the pairs
-(p, q) if the solve converged, and by iterating r a little further if it did not.
+The norm in (L2) is exact where I - L is factorised, and (L2) then a bound. Where it is not, it is
+estimated: by the pairs (p, q) if the solve converged, and by iterating r a little further if it did
+not. A slow mode that is all but absent from the right side escapes that estimate.
 
 Source: S. C. Eisenstat, H. C. Elman, M. H. Schultz (1983), Variational iterative methods for
 nonsymmetric systems of linear equations, SIAM J. Numer. Anal. 20(2), doi:10.1137/0720023.
@@ -41,7 +42,8 @@ class LinearSolution:
         result: A `FixedPointResult` code per sample, `(batch,)`.
         evaluations: Products with L, `(batch,)`.
         residual: `||c + L x - x|| / ||c||`, the largest of the right sides, `(batch,)`.
-        error: Bound (L2) of `||x - x*|| / ||x||`, the same; inf where nothing can be said.
+        error: (L2) over `||x||`, the same: a bound of the relative error where I - L was
+            factorised, else an estimate of it; inf where nothing can be said.
     """
 
     value: Tensor
@@ -222,7 +224,7 @@ class Resolvent:
         """Return ||(I - L)^-1|| on the span of the q, which the p span as its image."""
         if not self._p:
             return torch.ones_like(right[:, 0])
-        P = torch.stack(self._p, 1)
+        P = torch.stack(self._p, 1).nan_to_num(0.0, 0.0, 0.0)
         return torch.linalg.eigvalsh(P @ P.mT).amax(-1).clamp(min=1.0).sqrt()
 
     def _further(self, r: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class FixedPointResult(ResultCode):
     STALLED = (
         4,
         "The residual has not fallen for `patience` evaluations: `tol` is below what the dtype can "
-        "resolve, or the iteration runs in a cycle (try a damped one, or `newton-krylov`).",
+        "resolve, or the iteration runs in a cycle (try solver `fallback`).",
     )
 
 

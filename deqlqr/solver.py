@@ -10,13 +10,13 @@ nothing and never see it.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from deqlqr._checks import unknown_option
+from deqlqr._checks import Options, count
 from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failures
 
 _SHRINK = 7 / 8  # of the rows given to f; fewer running ones are gathered into a smaller batch
@@ -95,28 +95,40 @@ class RowMap:
         part.rows = self.rows
         return part
 
-    def split(self, keep: Tensor, z: Tensor, fz: Tensor) -> "RowMap":
-        """Return the map of the rows `keep`, or this one if rows turn out to depend on others."""
+    def split(self, keep: Tensor, z: Tensor, fz: Tensor, tol: float) -> "RowMap":
+        """Return the map of the rows `keep`, or this one if rows turn out to depend on others.
+
+        Args:
+            keep: Indices of rows.
+            z: State of all rows.
+            fz: f(z).
+            tol: Relative change of f that would matter.
+        """
         if self.divisible is False:
             return self
         part = self.restricted(keep)
         if self.divisible is None:
-            self.divisible = part.divisible = self._agrees(part, keep, z, fz)
+            self.divisible = part.divisible = self._agrees(part, keep, z, fz, tol)
             self.rows, self.mixes = part.rows, not self.divisible
         return part if self.divisible else self
 
     @staticmethod
-    def _agrees(part: "RowMap", keep: Tensor, z: Tensor, fz: Tensor) -> bool:
+    def _agrees(part: "RowMap", keep: Tensor, z: Tensor, fz: Tensor, tol: float) -> bool:
         try:
             alone, together = part(z[keep]).to(fz.dtype), fz[keep]
         except (RuntimeError, ValueError, IndexError):  # it insists on the whole batch's size
             return False
-        gap = torch.linalg.vector_norm(alone - together)
-        return bool(gap <= torch.finfo(fz.dtype).eps ** 0.5 * torch.linalg.vector_norm(together))
+        norm = lambda v: torch.linalg.vector_norm(v, dim=-1)
+        level = max(0.1 * tol, _resolution(fz.dtype))
+        return bool((norm(alone - together) <= level * norm(together).clamp(min=1.0)).all())
+
+
+def _resolution(dtype: torch.dtype) -> float:
+    return 30 * torch.finfo(dtype).eps
 
 
 @dataclass(frozen=True)
-class Solver:
+class Solver(Options):
     """Base of all solvers: tolerances, and the loop that is written once.
 
     Attributes:
@@ -133,17 +145,7 @@ class Solver:
     divergence_ratio: float = 1e8
     patience: int = 50
 
-    def __new__(cls, *_: Any, **options: Any) -> "Solver":
-        """Refuse options the solver does not have, naming the nearest one it has.
-
-        Raises:
-            TypeError: If an option is unknown.
-        """
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise TypeError(unknown_option(cls.__name__, name, known))
-        return super().__new__(cls)
+    every_step: ClassVar[bool] = False  # the memory wants a verdict after each step
 
     def __post_init__(self) -> None:
         """Refuse tolerances that no solve can meet.
@@ -153,11 +155,8 @@ class Solver:
         """
         if self.tol is not None and not self.tol > 0:
             raise ValueError(f"tol must be positive, got {self.tol}.")
-        for name, value in (("max_steps", self.max_steps), ("patience", self.patience)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} must be an int, got {value!r}.")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        count("max_steps", self.max_steps)
+        count("patience", self.patience)
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Return `tol`, or the default where f returns `dtype`."""
@@ -182,7 +181,7 @@ class Solver:
             if kept is not None:
                 memory = memory.pick(kept)
                 fz = fz[kept]
-            if run.f.mixes:
+            if run.f.mixes or (run.over and run.fails_by_mixing(fz)):
                 return self._solve_together(run, step)
             if run.over:
                 break
@@ -241,7 +240,7 @@ class _Run:
         self.solver, self.f, self.z = solver, f, z
         self.tol: float | None = None
         # On a GPU reading the test on the host stalls the queue, so it is read now and then.
-        self.check_every = 1 if device.type == "cpu" else 4
+        self.check_every = 1 if device.type == "cpu" or solver.every_step else 4
         self.value = z.clone()
         self.result = torch.full((batch,), int(FixedPointResult.MAX_STEPS), device=device)
         self.evaluations = torch.zeros(batch, dtype=torch.long, device=device)
@@ -251,7 +250,7 @@ class _Run:
         self.best_z, self.best_fz, self.best = z, z, self.residual
         self.anchor = self.residual  # the best residual `patience` steps ago
         self.over = batch == 0
-        self.r = z
+        self.r: Tensor = None  # type: ignore[assignment]
         self._spare: Tensor | None = None
 
     def judge(
@@ -271,12 +270,35 @@ class _Run:
         if ordinary and ((size > enough) & (size < self.best)).all():
             self.best_z, self.best_fz, self.best = self.z, fz, size
             return None, None
+        if self.frozen is not None and self._depends(size, enough):
+            self.f.mixes = True
+            return None, None
         return self._sort(step, fz, size, (size <= enough) & size.isfinite(), memory)
+
+    def _depends(self, size: Tensor, enough: Tensor) -> bool:
+        """Return whether a row that had converged, and has stayed, has lost it: rows mix."""
+        settled = self.result[self.index] == FixedPointResult.CONVERGED
+        return bool((settled & ~(size <= 2 * enough)).any())
+
+    def fails_by_mixing(self, fz: Tensor) -> bool:
+        """Return whether samples failed and f, given only as a whole, makes them depend on others.
+
+        Found out by moving one row, in one more evaluation.
+        """
+        failed = (self.result == FixedPointResult.STALLED) | (
+            self.result == FixedPointResult.MAX_STEPS
+        )
+        if self.f.divisible is not False or len(self.z) < 2 or not failed.any():
+            return False
+        moved = self.z.clone()
+        moved[0] = 1.5 * moved[0] + 0.1
+        change = (self.f(moved).to(fz.dtype) - fz)[1:]
+        return bool(torch.linalg.vector_norm(change) > _resolution(fz.dtype) * fz.norm())
 
     def _subtract(self, fz: Tensor) -> None:
         """Form r = f(z) - z in the memory of the last but one: fresh pages cost as much."""
-        spare, self._spare = self._spare, self.r if self.r is not self.value else None
-        fits = spare is not None and spare.shape == fz.shape and spare is not self.best_z
+        spare, self._spare = self._spare, self.r
+        fits = spare is not None and spare.shape == fz.shape
         self.r = torch.sub(fz, self.z, out=spare) if fits else fz - self.z
 
     def _sort(
@@ -328,7 +350,8 @@ class _Run:
 
     def _shrink(self, left: Tensor, fz: Tensor) -> bool:
         """Keep only the rows `left` in the batch, if the map allows it."""
-        part = self.f.split(left, self.z, fz)
+        assert self.tol is not None  # noqa: S101  set by the first verdict
+        part = self.f.split(left, self.z, fz, self.tol)
         if part is self.f:
             return False
         self.f, self.frozen = part, None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deqlqr._checks import count
 from deqlqr.solver import Memory, RowMap, Solver
 
 # sin^2 of the angle between a difference and the span of others, below which it says nothing new.
@@ -98,9 +99,11 @@ class Anderson(Solver):
             ValueError: If `period` is below 1 or `memory` is not a positive multiple of it.
         """
         super().__post_init__()
-        if self.period < 1:
-            raise ValueError(f"period must be at least 1, got {self.period}.")
-        if self.memory < 1 or self.memory % self.period:
+        count("period", self.period)
+        count("memory", self.memory)
+        if self.ridge is not None and not self.ridge >= 0:
+            raise ValueError(f"ridge must be at least 0, got {self.ridge}.")
+        if self.memory % self.period:
             raise ValueError(
                 f"memory must be at least 1 and a multiple of period {self.period}, "
                 f"got {self.memory}."
@@ -219,8 +222,7 @@ class Broyden(Solver):
             ValueError: If `memory` is below 1.
         """
         super().__post_init__()
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, got {self.memory}.")
+        count("memory", self.memory)
 
     def start(self, z: Tensor) -> Memory:
         """Return an empty memory for iterates like z (batch, n)."""

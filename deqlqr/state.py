@@ -46,6 +46,8 @@ class StateShape:
     @staticmethod
     def declared(shape: Any) -> "StateShape":
         """Return what the option `state_shape` says: a shape, or a tuple of shapes."""
+        if isinstance(shape, int):
+            shape = (shape,)
         several = len(shape) > 0 and not isinstance(shape[0], int)
         shapes = tuple(tuple(s) for s in shape) if several else (tuple(shape),)
         return StateShape(shapes, not several)

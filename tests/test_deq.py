@@ -252,9 +252,9 @@ def test_blocks_take_several_inputs_and_shared_keywords():
     out = layer(x, labels, gate=gate, power=3)
     ours = torch.autograd.grad(out.square().sum(), [gate, *block.parameters()])
     assert all(relative(a, b) < 1e-9 for a, b in zip(ours, wanted, strict=True))
-    with pytest.raises(ValueError, match="input 1 must have batch size 4 like input 0"):
+    with pytest.raises(ValueError, match="positional tensors must have batch size 4"):
         layer(x, torch.arange(3))
-    with pytest.raises(ValueError, match="needs an input tensor"):
+    with pytest.raises(ValueError, match="needs a tensor x"):
         layer()
 
 
