@@ -75,7 +75,7 @@ class Anderson(Solver):
     restarts from its best iterate with an empty memory.
 
     Attributes:
-        memory: Most differences kept, a multiple of `period`; room for them grows as they come.
+        memory: Differences kept, a multiple of `period`. Each takes twice the size of a state.
         period: Steps from one extrapolation to the next; 1 is the classical method.
         ridge: Ridge relative to the columns' squares; `None` takes the machine epsilon.
         restart_ratio: Growth over the best residual that triggers a restart.
@@ -88,7 +88,7 @@ class Anderson(Solver):
         doi:10.1016/j.jcp.2015.11.018.
     """
 
-    memory: int = 15
+    memory: int = 12
     period: int = 3
     ridge: float | None = None
     restart_ratio: float = 10.0
@@ -117,14 +117,14 @@ class Anderson(Solver):
 
 class _Anderson(Memory):
     def __init__(self, solver: Anderson, z: Tensor) -> None:
-        batch, n, m = *z.shape, min(solver.memory, 2 * solver.period)
+        batch, n, m = *z.shape, solver.memory
         # The differences only steer: float32 keeps the digits they need, at half the traffic.
         dtype = torch.float32 if z.numel() > _TRAFFIC else z.dtype
         self.dF = z.new_empty(batch, m, n, dtype=dtype)  # of f(z)
         self.dR = z.new_empty(batch, m, n, dtype=dtype)  # of f(z) - z
         self.gram = z.new_zeros(batch, m, m, dtype=dtype)
-        self.ridge = torch.finfo(z.dtype).eps if solver.ridge is None else solver.ridge
-        self.ridged = 1 + identity_like(self.gram) * self.ridge
+        ridge = torch.finfo(z.dtype).eps if solver.ridge is None else solver.ridge
+        self.ridged = 1 + identity_like(self.gram) * ridge
         self.least = z.new_zeros(batch, m, dtype=dtype)  # diagonal that Cholesky must leave
         self.solver, self.fz, self.r, self.step = solver, z, z, 0
 
@@ -144,9 +144,7 @@ class _Anderson(Memory):
     ) -> Tensor:
         period = self.solver.period
         if self.step > 0:
-            if self.step - 1 == self.dF.shape[1] < self.solver.memory:
-                self._grow()
-            slot = (self.step - 1) % self.dF.shape[1]
+            slot = (self.step - 1) % self.solver.memory
             torch.sub(fz, self.fz, out=self.dF[:, slot])
             torch.sub(r, self.r, out=self.dR[:, slot])
         self.fz, self.r, self.step = fz, r, self.step + 1
@@ -157,7 +155,7 @@ class _Anderson(Memory):
 
     def _extrapolated(self, fz: Tensor, r: Tensor, new: slice) -> Tensor:
         """Return the iterate of (FP3); the slots `new` were filled since the last time."""
-        used = min(self.step - 1, self.dF.shape[1])
+        used = min(self.step - 1, self.solver.memory)
         dR, gram, least = self.dR[:, :used], self.gram[:, :used, :used], self.least[:, :used]
         # Rows times a matrix: BLAS takes ten times as long over a matrix times columns.
         products = torch.bmm(dR[:, new], dR.mT) * self.ridged[new, :used]
@@ -181,18 +179,6 @@ class _Anderson(Memory):
         self.dF[restart], self.dR[restart], self.least[restart] = 0.0, 0.0, 0.0
         self.gram[restart] = identity_like(self.gram)
         return restart
-
-    def _grow(self) -> None:
-        """Make room for as many differences again."""
-        m = self.dF.shape[1]
-        more = min(m, self.solver.memory - m)
-        room = lambda X: torch.cat([X, X.new_empty(len(X), more, *X.shape[2:])], dim=1)
-        self.dF, self.dR = room(self.dF), room(self.dR)
-        gram = identity_like(self.gram.new_empty(m + more, m + more)).repeat(len(self.gram), 1, 1)
-        gram[:, :m, :m] = self.gram
-        self.gram = gram
-        self.least = torch.cat([self.least, self.least.new_zeros(len(gram), more)], dim=1)
-        self.ridged = 1 + identity_like(gram) * self.ridge
 
 
 def _without_dependent(gram: Tensor, right: Tensor, newest: int) -> Tensor:
