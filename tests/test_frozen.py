@@ -131,7 +131,9 @@ def test_a_layer_is_pickled_copied_saved_and_loaded():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_block_works(backend):
+def test_a_compiled_block_works(backend, monkeypatch):
+    # Old versions of torch refuse to run a compiled graph back twice without this.
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
     block, x = DenseBlock(8), randn(4, 8).float()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
