@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import nn
 
 from deqlqr import DEQ, Anderson, DenseBlock
@@ -131,11 +132,11 @@ def test_a_layer_is_pickled_copied_saved_and_loaded():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_block_works(backend, monkeypatch):
-    # Old versions of torch refuse to run a compiled graph back twice without this.
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
+def test_a_compiled_block_works(backend):
     block, x = DenseBlock(8), randn(4, 8).float()
-    with warnings.catch_warnings():
+    # Old versions of torch refuse to run a compiled graph back twice without this.
+    permitted = torch._functorch.config.patch(donated_buffer=False)
+    with permitted, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         layer = DEQ(torch.compile(block, backend=backend))
         ours = torch.autograd.grad(layer(x).sum(), block.parameters())
