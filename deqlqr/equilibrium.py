@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from deqlqr._checks import transformed
 from deqlqr._linalg import batch_first
@@ -99,6 +101,11 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
         (g,) = cotangents
+        if is_legacy_batchedtensor(g):
+            raise RuntimeError(
+                "the DEQ layer cannot be differentiated with is_grads_batched=True; use torch.vmap "
+                "over torch.func.vjp instead."
+            )
         problem, (z, *tensors) = ctx.problem, ctx.saved_tensors
         wanted = [
             i for i, need in enumerate(ctx.needs_input_grad[2:]) if need
@@ -277,4 +284,10 @@ def _push(
         given = iter(values)
         return f(z, *(next(given) if yes else t for t, yes in zip(tensors, floating, strict=True)))
 
-    return torch.func.jvp(of_real, (z, *real), (dz.to(z.dtype), *moving))[1].to(z.dtype)
+    primals, tangents = (z, *real), (dz.to(z.dtype), *moving)
+    if not forward_ad._current_level >= 0 or transformed():
+        return torch.func.jvp(of_real, primals, tangents)[1].to(z.dtype)
+    # Forward-mode levels do not nest: the transposed map, transposed, is the map.
+    fz, pull = pullback(of_real, *primals)
+    _, push = torch.func.vjp(lambda c: pull(c), torch.zeros_like(fz))  # type: ignore[misc]
+    return push(tangents)[0].to(z.dtype)

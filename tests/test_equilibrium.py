@@ -127,6 +127,14 @@ def test_forward_over_forward_is_refused():
         jacfwd(jacfwd(lambda x: ours(parameters, x).sum()))(X)
 
 
+def test_forward_mode_without_torch_func_passes_gradcheck_and_batched_grads_are_refused():
+    torch.manual_seed(0)
+    layer, x = DEQ(DenseBlock(3).double(), tol=1e-13), randn(2, 3).requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x,), check_forward_ad=True)
+    with pytest.raises(RuntimeError, match="use torch.vmap over torch.func.vjp"):
+        torch.autograd.grad(layer(x), x, torch.ones(4, 2, 3).double(), is_grads_batched=True)
+
+
 @pytest.mark.parametrize("terms", [0, 1, 4])
 def test_truncated_gradients_are_what_their_name_says_to_second_order(terms):
     ours, unrolled, parameters = both(backward=Neumann(terms))
