@@ -67,7 +67,7 @@ class Implicit(Options):
     def solve(
         self, product: Product, right: Tensor, tol: float, start: Tensor | None = None
     ) -> LinearSolution:
-        """Solve (D1), with the bound (L2) of the error."""
+        """Solve (D1), with the bound (G2) of the error."""
         resolvent = self.resolvent(product, right.shape[1], tol)
         found = resolvent.solve(right, start)
         if resolvent.dense and not found.converged.all():

@@ -257,7 +257,9 @@ def _require_complete(at: _Evaluation) -> None:
         nodes.extend(next_node for next_node, _ in node.next_functions)
 
 
-def pullback(f: Flat, *primals: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
+def pullback(
+    f: Callable[..., Any], *primals: Tensor
+) -> tuple[Any, Callable[..., tuple[Tensor, ...]]]:
     """Return f(*primals) and the function that pulls cotangents of it back to the primals."""
     value, pull = torch.func.vjp(f, *primals)  # type: ignore[misc]
     return value, pull

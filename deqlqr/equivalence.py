@@ -27,6 +27,7 @@ from deqlqr.fixed_point import fixed_point
 from deqlqr.linearize import choose_divergence, linearize_samples
 from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
+from deqlqr.output_space import linearize_outputs
 from deqlqr.riccati import solve_dare
 from deqlqr.solution import ConvergenceError
 from deqlqr.solvers import Anderson, Picard
@@ -265,8 +266,15 @@ class _Check:
         if isinstance(divergence, OutputDivergence):
             explicit = lambda: self._explicit_step(divergence)
             rows.append(row("DARE steady state", "explicit damped metric, dense", dare, explicit))
+            output = lambda: self._output_step(divergence)
+            rows.append(row("DARE steady state", "output space (W3)", dare, output))
         rows.append(self._tied_row(name, lqr, static))
         return rows
+
+    def _output_step(self, divergence: OutputDivergence) -> Tensor:
+        """Return the step of `ImplicitNGD(route="output")`."""
+        outputs = linearize_outputs(self.model, self.x, self.y, self.loss, divergence)
+        return outputs.step(self.damping)[0]
 
     def _explicit_step(self, divergence: OutputDivergence) -> Tensor:
         """Return -(J'Lambda J / batch + delta I)^-1 g with J = dy/du by autograd."""

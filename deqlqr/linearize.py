@@ -168,6 +168,81 @@ def linearize_samples(
         ValueError: If data and model do not fit together, or the samples are not independent.
         ConvergenceError: If a sample has no fixed point.
     """
+    at = prepare(model, x, y, loss)
+    solution, u, z, local = at.solution, at.u, at.z, at.local
+    first = _first_order(local, u, z, x)
+    at.require_independent(first.fz, first.y)
+    outputs = first.y.detach().requires_grad_()
+    cost = loss(outputs, y)
+    (dJ,) = torch.autograd.grad(cost, outputs)
+    dJ = dJ * x.shape[0]  # the sample's own gradient, without the 1/batch of the mean
+    a = torch.einsum("bk,bkn->bn", dJ, first.hz)  # (N1)
+    b = torch.einsum("bk,bkm->bm", dJ, first.hu)
+    Q, M, R = _quadratic_terms(local, first, u, z, x, y, a, loss, divergence)
+    return Linearization(first.A, first.B, a, b, Q, M, R, cost.detach(), solution)
+
+
+LocalMap = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model solved on a batch, ready to be linearised.
+
+    Attributes:
+        model: The model.
+        layer: Its DEQ layer.
+        x: Inputs.
+        u: Its controls `(m,)`.
+        z: Fixed points `(batch, n)`.
+        local: `(u, z_s, x_s) -> (f, y)` of one sample: z_s is (n,), f (n,), y (k,).
+        state: Shape of the state.
+        solution: Certificate of every sample.
+    """
+
+    model: nn.Module
+    layer: DEQ
+    x: Tensor
+    u: Tensor
+    z: Tensor
+    local: LocalMap
+    state: StateShape
+    solution: FixedPointSolution
+
+    def require_independent(self, fz: Tensor, y: Tensor) -> None:
+        """Refuse a model whose batch and single samples disagree: (N1) would be another model's.
+
+        Args:
+            fz: f of the samples one by one, `(batch, n)`.
+            y: Their outputs `(batch, k)`.
+
+        Raises:
+            ValueError: If the batch gives others.
+        """
+        with torch.no_grad(), self.layer.tapped(self.state.unflatten(self.z)) as tap:
+            together = self.model(self.x)
+        assert tap.fz is not None  # noqa: S101  the first forward pass has shown that it is called
+        tolerance = 1e3 * torch.finfo(self.z.dtype).eps
+        for ours, batched in ((fz, self.state.flatten(tap.fz)), (y, together)):
+            gap = float((ours - batched).abs().max())
+            if not gap <= tolerance * max(1.0, float(batched.abs().max())):
+                raise ValueError(
+                    f"model mixes the samples of a batch or is random (outputs differ by {gap:.1e} "
+                    "when samples go through alone): switch batch statistics and dropout off with "
+                    "model.eval()."
+                )
+
+
+def prepare(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> Prepared:
+    """Solve the model on a batch and check that data and model fit together.
+
+    Returns:
+        A `Prepared`.
+
+    Raises:
+        ValueError: If they do not.
+        ConvergenceError: If a sample has no fixed point.
+    """
     layer, controls = find_deq(model), Controls(model)
     check_input(x, controls)
     with torch.no_grad():
@@ -179,18 +254,27 @@ def linearize_samples(
     if outputs.dim() != 2:
         raise ValueError(f"model must return (batch, k), got {tuple(outputs.shape)}.")
     state = StateShape.of(solution.value)
-    u, z = controls.vector, state.flatten(solution.value)
     local = _local_map(model, layer, controls, state)
-    first = _first_order(local, u, z, x)
-    _require_independent(model, layer, first, state, z, x)
-    outputs = first.y.detach().requires_grad_()
-    cost = loss(outputs, y)
-    (dJ,) = torch.autograd.grad(cost, outputs)
-    dJ = dJ * x.shape[0]  # the sample's own gradient, without the 1/batch of the mean
-    a = torch.einsum("bk,bkn->bn", dJ, first.hz)  # (N1)
-    b = torch.einsum("bk,bkm->bm", dJ, first.hu)
-    Q, M, R = _quadratic_terms(local, first, u, z, x, y, a, loss, divergence)
-    return Linearization(first.A, first.B, a, b, Q, M, R, cost.detach(), solution)
+    z = state.flatten(solution.value)
+    return Prepared(model, layer, x, controls.vector, z, local, state, solution)
+
+
+def per_sample(function: Callable[..., Any], *batched: Tensor) -> Any:
+    """Evaluate sample by sample, by `torch.vmap`.
+
+    Returns:
+        What the function returns, stacked.
+
+    Raises:
+        ValueError: If torch.vmap refuses the model.
+    """
+    try:
+        return torch.vmap(function)(*batched)
+    except RuntimeError as error:
+        raise ValueError(
+            "model cannot be linearised sample by sample (torch.vmap refused it): switch active "
+            f"dropout and batch statistics off with model.eval(). torch said: {error}"
+        ) from error
 
 
 def check_input(x: Tensor, controls: Controls) -> None:
@@ -222,9 +306,6 @@ class _FirstOrder:
     y: Tensor  # (batch, k)
 
 
-LocalMap = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
 def _local_map(model: nn.Module, layer: DEQ, controls: Controls, state: StateShape) -> LocalMap:
     """Return (u, z, x_s) -> (f, y) for one sample: z is (n,), f (n,), y (k,)."""
 
@@ -243,33 +324,9 @@ def _first_order(local: LocalMap, u: Tensor, z: Tensor, x: Tensor) -> _FirstOrde
         values = local(u, z, x)
         return values, values
 
-    per_sample = torch.vmap(jacrev(with_values, argnums=(0, 1), has_aux=True), in_dims=(None, 0, 0))
-    try:
-        ((B, A), (hu, hz)), (fz, y) = per_sample(u, z, x)
-    except RuntimeError as error:
-        raise ValueError(
-            "model cannot be linearised sample by sample (torch.vmap refused it): switch active "
-            f"dropout and batch statistics off with model.eval(). torch said: {error}"
-        ) from error
+    jacobians = jacrev(with_values, argnums=(0, 1), has_aux=True)
+    ((B, A), (hu, hz)), (fz, y) = per_sample(lambda z, x: jacobians(u, z, x), z, x)
     return _FirstOrder(A, B, hz, hu, fz, y)
-
-
-def _require_independent(
-    model: nn.Module, layer: DEQ, first: _FirstOrder, state: StateShape, z: Tensor, x: Tensor
-) -> None:
-    """Refuse a model whose batch and single samples disagree: (N1) would be another model's."""
-    with torch.no_grad(), layer.tapped(state.unflatten(z)) as tap:
-        y = model(x)
-    assert tap.fz is not None  # noqa: S101  the first forward pass has shown that it is called
-    tolerance = 1e3 * torch.finfo(z.dtype).eps
-    for ours, batched in ((first.fz, state.flatten(tap.fz)), (first.y, y)):
-        gap = float((ours - batched).abs().max())
-        if not gap <= tolerance * max(1.0, float(batched.abs().max())):
-            raise ValueError(
-                f"model mixes the samples of a batch or is random (outputs differ by {gap:.1e} "
-                "when samples go through alone): switch batch statistics and dropout off with "
-                "model.eval()."
-            )
 
 
 def _quadratic_terms(

@@ -1,6 +1,6 @@
 """Newton-Krylov, for fixed points that no iteration contracts to, and the fall-back chain.
 
-    (FP5)  (I - A) dz = f(z) - z   by (L1),   z <- z + t dz,   t halved until the residual falls
+    (FP5)  (I - A) dz = f(z) - z   by (G1),   z <- z + t dz,   t halved until the residual falls
 
 Source: D. A. Knoll, D. E. Keyes (2004), Jacobian-free Newton-Krylov methods, J. Comput. Phys.
 193(2), doi:10.1016/j.jcp.2003.08.010.

@@ -2,11 +2,13 @@
 
     (O1)  u of (R3), from the DARE at R_bar = R + delta I;   theta <- theta + lr * u
 
+The same u comes by another route from output space (W3), without a DARE.
+
 Source: thesis algorithm 1, with the corrections of docs/maths.md.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from deqlqr._checks import at_least, choice
 from deqlqr.controls import Controls
 from deqlqr.deq import find_deq
-from deqlqr.divergence import DivergenceLike
+from deqlqr.divergence import DivergenceLike, OutputDivergence
 from deqlqr.linearize import (
     Linearization,
     Minibatch,
@@ -23,13 +25,27 @@ from deqlqr.linearize import (
     linearize_samples,
 )
 from deqlqr.loss import LossLike, make_loss
+from deqlqr.output_space import OutputLinearization, linearize_outputs
 from deqlqr.riccati import DareSolution, Doubling, factored_dare
 from deqlqr.solution import ConvergenceError, DareResult, FixedPointResult, describe_failures
+from deqlqr.solver import FixedPointSolution
 from deqlqr.steady_state import steady_state
 
-Route = Literal["dare"]
+Route = Literal["dare", "output"]
 # What the step needs of P is judged by the steady state, in whatever type it is computed.
 _AS_IT_IS = Doubling(refine=0)
+
+
+class _Found(NamedTuple):
+    """u (m,), the residual of its equations, and why it is not to be taken (or `None`)."""
+
+    u: Tensor | None
+    residual: float
+    dare: DareSolution | None = None
+    reason: str | None = None
+
+
+AnyLinearization = Linearization | OutputLinearization
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,9 @@ class StepReport:
         rolled_back: Whether the previous step was undone because this batch had no fixed point.
         evaluations: Mean evaluations of f per sample in the forward solve.
         residual: Largest fixed-point residual of the batch.
-        closed_loop_radius: Largest spectral radius of A - BK, of the last attempt.
+        step_residual: Relative residual of the equations of u, of the last attempt.
+        closed_loop_radius: Largest spectral radius of A - BK, of the last attempt; `None` on
+            routes without a DARE, like the next two.
         dare_residual: Largest residual of the DARE, of the last attempt.
         dare_iterations: Most doubling steps, of the last attempt.
     """
@@ -58,9 +76,10 @@ class StepReport:
     rolled_back: bool
     evaluations: float
     residual: float
-    closed_loop_radius: float
-    dare_residual: float
-    dare_iterations: int
+    step_residual: float
+    closed_loop_radius: float | None
+    dare_residual: float | None
+    dare_iterations: int | None
 
 
 class ImplicitNGD(torch.optim.Optimizer):
@@ -78,7 +97,9 @@ class ImplicitNGD(torch.optim.Optimizer):
             the batch.
         lr: Step length; 1 takes the damped step as it is.
         damping: delta of R_bar = R + delta I, above 0.
-        route: How u is computed: `"dare"`, the dense Riccati equation.
+        route: How u is computed: `"dare"`, the dense Riccati equation; `"output"`, the same u from
+            a system of batch x outputs unknowns, for divergences of the output and the exact
+            minibatch.
         divergence: What "steepest" is measured in (see `linearize`); `None` takes the one that
             matches the loss, which makes this natural gradient descent.
         minibatch: `"exact"`: one augmented LQR for the whole batch, dense in batch x state size.
@@ -87,7 +108,7 @@ class ImplicitNGD(torch.optim.Optimizer):
         linalg_dtype: Type of the LQR's linear algebra; `None` takes the model's.
         damping_increase: Factor on the damping at a rejection.
         max_increase: Largest relative rise of the batch's own loss that a step may cause.
-        step_tolerance: Largest residual of the steady state (`SteadyState.residual`) accepted.
+        step_tolerance: Largest residual of the equations of u accepted (`SteadyState.residual`).
         max_rejections: Attempts after the first before a step is given up.
 
     Attributes:
@@ -130,6 +151,14 @@ class ImplicitNGD(torch.optim.Optimizer):
         self.divergence = choose_divergence(loss, divergence)
         self.route: Route = choice("route", route, get_args(Route))
         self.minibatch: Minibatch = choice("minibatch", minibatch, get_args(Minibatch))
+        if self.route == "output":
+            if not isinstance(self.divergence, OutputDivergence):
+                raise ValueError(
+                    'route="output" needs a divergence of the output (natural gradient), got '
+                    f"{type(self.divergence).__name__}."
+                )
+            if self.minibatch != "exact":
+                raise ValueError(f'route="output" needs minibatch="exact", got {minibatch!r}.')
         if linalg_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"linalg_dtype must be float32, float64 or None, got {linalg_dtype}.")
         self.linalg_dtype = linalg_dtype or self.controls.parameters[0].dtype
@@ -190,9 +219,11 @@ class ImplicitNGD(torch.optim.Optimizer):
         for attempt in range(self.max_rejections + 1):
             if attempt:
                 damping *= self.damping_increase
-            u, dare, reason = self._solve(local, damping)
+            found = self._solve(local, damping)
+            reason = found.reason
             if reason is None:
-                assert u is not None  # noqa: S101
+                assert found.u is not None  # noqa: S101
+                u = found.u
                 self.controls.assign(before + lr * u.to(before.dtype))
                 loss_after, reason = self._trial(x, y, float(loss))
             if reason is None:
@@ -204,12 +235,12 @@ class ImplicitNGD(torch.optim.Optimizer):
         relaxed = max(base, damping / self.damping_increase**0.5)
         group["current_damping"] = damping if rejections else relaxed
         self.last_step = _report(
-            local, dare, float(loss), loss_after if accepted else float("nan"), accepted, damping,
-            tuple(rejections), rolled_back,
+            local.solution, found, float(loss), loss_after if accepted else float("nan"), accepted,
+            damping, tuple(rejections), rolled_back,
         )  # fmt: skip
         return loss
 
-    def _linearize(self, x: Tensor, y: Tensor) -> tuple[Linearization, bool]:
+    def _linearize(self, x: Tensor, y: Tensor) -> tuple[AnyLinearization, bool]:
         """Linearise at the current parameters, or at the previous ones if these lost z*."""
         check_input(x, self.controls)
         try:
@@ -225,31 +256,38 @@ class ImplicitNGD(torch.optim.Optimizer):
                 self.controls.assign(current)
                 raise
 
-    def _linearize_here(self, x: Tensor, y: Tensor) -> Linearization:
+    def _linearize_here(self, x: Tensor, y: Tensor) -> AnyLinearization:
+        if self.route == "output":
+            assert isinstance(self.divergence, OutputDivergence)  # noqa: S101  checked above
+            return linearize_outputs(self.model, x, y, self.loss, self.divergence)
         return linearize_samples(self.model, x, y, self.loss, self.divergence)
 
-    def _solve(
-        self, local: Linearization, damping: float
-    ) -> tuple[Tensor | None, DareSolution, str | None]:
-        """Return u (m,), the DARE's certificate, and why there is no u (or `None`)."""
+    def _solve(self, local: AnyLinearization, damping: float) -> _Found:
+        """Return u (m,) for a damping, or why there is none."""
+        if isinstance(local, OutputLinearization):
+            u, gap = local.to(self.linalg_dtype).step(damping)
+            return self._judged(_Found(u, gap))
         exact = self.minibatch == "exact"
         lqr = local.exact() if exact else local.per_sample()
         lqr = lqr.to(self.linalg_dtype).damped(damping)
         dare = factored_dare(lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, solver=_AS_IT_IS)
         failure = describe_failures(dare.result, DareResult, "DARE")
         if failure is not None:
-            return None, dare, failure
+            return _Found(None, float("nan"), dare, failure)
         try:
             state = steady_state(lqr, dare)
         except ConvergenceError as error:
-            return None, dare, str(error)
-        gap = float(state.residual.max())
-        if not gap <= self.step_tolerance:
-            return None, dare, f"the steady state holds only to {gap:.1e}"
+            return _Found(None, float("nan"), dare, str(error))
         slope = (lqr.a * state.x).sum(-1) + (lqr.b * state.u).sum(-1)
+        gap = float(state.residual.max())
         if bool((slope > 0).any()):  # a stabilising P of an indefinite problem: a saddle
-            return None, dare, "the step does not descend"
-        return state.u if exact else state.u.mean(0), dare, None
+            return _Found(None, gap, dare, "the step does not descend")
+        return self._judged(_Found(state.u if exact else state.u.mean(0), gap, dare))
+
+    def _judged(self, found: _Found) -> _Found:
+        if found.residual <= self.step_tolerance:
+            return found
+        return found._replace(reason=f"the step's equations hold only to {found.residual:.1e}")
 
     @torch.no_grad()
     def _trial(self, x: Tensor, y: Tensor, loss: float) -> tuple[float, str | None]:
@@ -271,8 +309,8 @@ class ImplicitNGD(torch.optim.Optimizer):
 
 
 def _report(
-    local: Linearization,
-    dare: DareSolution,
+    solution: FixedPointSolution,
+    found: _Found,
     loss: float,
     loss_after: float,
     accepted: bool,
@@ -280,13 +318,7 @@ def _report(
     rejections: tuple[str, ...],
     rolled_back: bool,
 ) -> StepReport:
-    values: dict[str, Any] = {
-        "evaluations": float(local.solution.evaluations.double().mean()),
-        "residual": float(local.solution.residual.max()),
-        "closed_loop_radius": float(dare.closed_loop_radius.max()),
-        "dare_residual": float(dare.residual.max()),
-        "dare_iterations": int(dare.iterations.max()),
-    }
+    dare = found.dare
     return StepReport(
         loss=loss,
         accepted=accepted,
@@ -294,5 +326,10 @@ def _report(
         damping=damping,
         rejections=rejections,
         rolled_back=rolled_back,
-        **values,
+        evaluations=float(solution.evaluations.double().mean()),
+        residual=float(solution.residual.max()),
+        step_residual=found.residual,
+        closed_loop_radius=None if dare is None else float(dare.closed_loop_radius.max()),
+        dare_residual=None if dare is None else float(dare.residual.max()),
+        dare_iterations=None if dare is None else int(dare.iterations.max()),
     )

@@ -3,13 +3,13 @@
 The adjoint (D1) and the tangent of an equilibrium are of this kind, with L = A' and L = A. Few
 states: L is formed and I - L factorised once. Many: the generalised conjugate residual method
 
-    (L1)  q = p - L p, orthonormal to the earlier q;   x <- x + (q'r) p,   r <- r - (q'r) q
+    (G1)  q = p - L p, orthonormal to the earlier q;   x <- x + (q'r) p,   r <- r - (q'r) q
 
 whose pairs (p, q) are kept, so that every further right side starts from their span.
 
-    (L2)  ||x - x*|| <= ||(I - L)^-1|| ||r||,   r = c - (I - L) x
+    (G2)  ||x - x*|| <= ||(I - L)^-1|| ||r||,   r = c - (I - L) x
 
-The norm in (L2) is exact where I - L is factorised, and (L2) then a bound. Where it is not, it is
+The norm in (G2) is exact where I - L is factorised, and (G2) then a bound. Where it is not, it is
 estimated: by the pairs (p, q) if the solve converged, and by iterating r a little further if it did
 not. A slow mode that is all but absent from the right side escapes that estimate.
 
@@ -42,7 +42,7 @@ class LinearSolution:
         result: A `FixedPointResult` code per sample, `(batch,)`.
         evaluations: Products with L, `(batch,)`.
         residual: `||c + L x - x|| / ||c||`, the largest of the right sides, `(batch,)`.
-        error: (L2) over `||x||`, the same: a bound of the relative error where I - L was
+        error: (G2) over `||x||`, the same: a bound of the relative error where I - L was
             factorised, else an estimate of it; inf where nothing can be said.
     """
 
@@ -171,7 +171,7 @@ class Resolvent:
         return x, r
 
     def _enlarge(self, x: Tensor, r: Tensor, running: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Take one step of (L1) in the samples `running`."""
+        """Take one step of (G1) in the samples `running`."""
         p = r
         for _ in range(2):
             q = p - self._times(p)
