@@ -72,6 +72,8 @@ def main() -> None:
     "--minibatch", type=click.Choice(["exact", "per-sample"]), default=_DEFAULT.minibatch,
     help="One LQR for the whole batch, or the mean of the samples' own steps.",
 )  # fmt: skip
+@click.option("--route", type=click.Choice(["dare", "output"]), default=_DEFAULT.route,
+              help="How the step is computed: Riccati equation, or output space.")  # fmt: skip
 @click.option("--batch-size", type=int, default=_DEFAULT.batch_size, help="Samples of a step.")
 @click.option("--epochs", type=int, default=_DEFAULT.epochs, help="Passes over the data.")
 @click.option("--schedule", type=click.Choice(SCHEDULES), default=_DEFAULT.schedule,
@@ -103,7 +105,9 @@ def train(context: click.Context, **options: Any) -> None:
         trainer = Trainer(config, folder, device, content)
     else:
         if options["optimizer"] != "ingd":
-            _unused(context, ("damping", "minibatch"), f"--optimizer {options['optimizer']}")
+            _unused(
+                context, ("damping", "minibatch", "route"), f"--optimizer {options['optimizer']}"
+            )
         if options["data"] != "mnist":
             _unused(context, ("data_root",), f"--data {options['data']}")
         config = _config(options)

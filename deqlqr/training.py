@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from math import cos, pi
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,10 @@ from deqlqr.checkpoint import load_checkpoint, save_checkpoint
 from deqlqr.data import DATASETS, load_data
 from deqlqr.deq import find_deq
 from deqlqr.figures import plot_curves
+from deqlqr.linearize import Minibatch
 from deqlqr.metrics import MetricsFile, read_metrics
 from deqlqr.models import MODELS, check_seed, make_model
-from deqlqr.optim import ImplicitNGD
+from deqlqr.optim import ImplicitNGD, Route
 from deqlqr.solution import ConvergenceError
 
 OPTIMIZERS = ("ingd", "gd", "sgd", "adam")
@@ -42,11 +43,12 @@ class TrainConfig:
         data: `"digits"` or `"mnist"`.
         data_root: MNIST's folder.
         model: `"dense"` or `"conv"`.
-        optimizer: `"ingd"` (implicit natural gradient, dense DARE), `"gd"` (plain gradient
-            descent), `"sgd"` (momentum 0.9) or `"adam"`.
+        optimizer: `"ingd"` (implicit natural gradient), `"gd"` (plain gradient descent), `"sgd"`
+            (momentum 0.9) or `"adam"`.
         lr: Step length.
         damping: delta of R_bar = R + delta I; used by `"ingd"`.
         minibatch: `"exact"` or `"per-sample"`; used by `"ingd"`.
+        route: `"dare"` or `"output"` (see `ImplicitNGD`); used by `"ingd"`.
         batch_size: Samples of a step; a last smaller batch of an epoch is left out.
         epochs: Passes over the training data.
         schedule: `"cosine"` lets the step length fall to 0, `"constant"` keeps it.
@@ -64,6 +66,7 @@ class TrainConfig:
     lr: float = 1.5
     damping: float = 0.5
     minibatch: str = "exact"
+    route: str = "dare"
     batch_size: int = 16
     epochs: int = 5
     schedule: str = "cosine"
@@ -83,7 +86,8 @@ class TrainConfig:
             ("data", DATASETS),
             ("model", MODELS),
             ("optimizer", OPTIMIZERS),
-            ("minibatch", ("exact", "per-sample")),
+            ("minibatch", get_args(Minibatch)),
+            ("route", get_args(Route)),
             ("schedule", SCHEDULES),
         ):
             choice(name, getattr(self, name), allowed)
@@ -142,7 +146,13 @@ class GradientStep:
 def make_optimizer(model: nn.Module, config: TrainConfig) -> tuple[_Stepper, torch.optim.Optimizer]:
     """Return the object whose `step(x, y)` trains the model, and the torch optimizer inside."""
     if config.optimizer == "ingd":
-        ingd = ImplicitNGD(model, lr=config.lr, damping=config.damping, minibatch=config.minibatch)  # type: ignore[arg-type]
+        ingd = ImplicitNGD(
+            model,
+            lr=config.lr,
+            damping=config.damping,
+            minibatch=config.minibatch,  # type: ignore[arg-type]
+            route=config.route,  # type: ignore[arg-type]
+        )
         return ingd, ingd
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adam":

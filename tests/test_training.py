@@ -110,6 +110,7 @@ def interrupt() -> None:
     ("name", "value"),
     [
         *[(name, "no such") for name in ("data", "model", "optimizer", "minibatch", "schedule")],
+        ("route", "krylov"),
         *[(n, v) for n in ("lr", "damping") for v in (0.0, -1.0, math.nan, math.inf, "x")],
         *[
             (n, v)
@@ -243,6 +244,18 @@ def test_every_optimizer_changes_the_parameters_of_every_model(
     assert len(lines) == 3 and all(math.isfinite(line["loss"]) for line in lines)
     for name, p in trainer.model.named_parameters():
         assert bool(p.isfinite().all()) and not torch.equal(p, before[name]), name
+
+
+def test_both_routes_train_to_the_same_parameters(tmp_path: Path) -> None:
+    ends = {}
+    for route in ("dare", "output"):
+        trainer = start(small(route=route, max_steps=4), tmp_path / route)
+        trainer.run(quiet=True)
+        ends[route] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    assert (ends["dare"] - ends["output"]).norm() < 1e-3 * ends["dare"].norm()
+    assert all(
+        line["closed_loop_radius"] is None for line in read_metrics(tmp_path / "output" / METRICS)
+    )
 
 
 @pytest.mark.parametrize("model", ["dense", "conv"])
