@@ -162,7 +162,7 @@ def check_equivalence(
         >>> model = nn.Sequential(DEQ(DenseBlock(3)), nn.Linear(3, 2))
         >>> report = check_equivalence(model, torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
         >>> report.passed, len(report.rows)
-        (True, 8)
+        (True, 9)
     """
     damping = at_least("damping", damping, 0.0, strict=True)
     chosen = choose_divergence(loss, divergence)

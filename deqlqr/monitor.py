@@ -19,7 +19,8 @@ from torch import Tensor
 
 from deqlqr._checks import at_least
 from deqlqr._linalg import identity_like
-from deqlqr.deq import DEQ, Call
+from deqlqr.call import Call
+from deqlqr.deq import DEQ
 from deqlqr.equilibrium import pullback
 from deqlqr.resolvent import Product
 
