@@ -18,12 +18,13 @@ from deqlqr.divergence import (
     OutputDivergence,
 )
 from deqlqr.equivalence import EquivalenceReport, EquivalenceRow, check_equivalence
+from deqlqr.fallback import Fallback
 from deqlqr.fixed_point import fixed_point
 from deqlqr.input_cost import InputCost
 from deqlqr.linearize import linearize
 from deqlqr.lqr import LQR
 from deqlqr.monitor import Monitor, Observation, jacobian_penalty, jacobian_radius
-from deqlqr.newton_krylov import Fallback, NewtonKrylov
+from deqlqr.newton_krylov import NewtonKrylov
 from deqlqr.optim import ImplicitNGD, StepReport
 from deqlqr.resolvent import LinearSolution, Resolvent
 from deqlqr.riccati import DareSolution, Doubling, solve_dare

@@ -16,7 +16,7 @@ from torch import Tensor
 from deqlqr._checks import Options, at_least, choice, count
 from deqlqr._linalg import identity_like
 from deqlqr.lqr import LQR
-from deqlqr.resolvent import LinearSolution, Product, Resolvent
+from deqlqr.resolvent import LinearSolution, Product, Resolvent, matrix_of
 from deqlqr.solution import ConvergenceError, FixedPointResult
 from deqlqr.steady_state import steady_state
 
@@ -124,8 +124,7 @@ class Costate:
             ConvergenceError: If the LQR has no steady state, or the samples are not independent.
         """
         batch, n = right.shape
-        unit = identity_like(right.new_empty(n, n))
-        A = torch.stack([product(e.expand(batch, n)) for e in unit], dim=-2)
+        A = matrix_of(product, right).mT
         # B enters (R2) only through P, which is zero: one control is enough to state the problem.
         zeros = A.new_zeros
         lqr = LQR(
@@ -146,7 +145,7 @@ class Costate:
                 "the samples of a batch (batch normalisation in training mode?), or I - A is "
                 "singular."
             )
-        inverse = torch.linalg.vector_norm(torch.linalg.inv(unit - A), dim=(-2, -1))
+        inverse = torch.linalg.vector_norm(torch.linalg.inv(identity_like(A) - A), dim=(-2, -1))
         code = torch.full((batch,), int(FixedPointResult.CONVERGED), device=right.device)
         norm = lambda v: torch.linalg.vector_norm(v, dim=-1).clamp(min=1e-30)
         return LinearSolution(

@@ -1,6 +1,5 @@
 """`deqlqr bench fixed-point`: our solvers beside plain iteration and torchdeq, on one thread."""
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -66,7 +65,7 @@ def problems() -> dict[str, tuple[Callable[..., Tensor], Tensor, tuple[Tensor, .
     found["64 of mixed difficulty"] = (
         lambda z, x, rate: torch.tanh(rate * (z @ turn)) + x, torch.zeros_like(x), (x, rate)
     )  # fmt: skip
-    return copy.copy(found)
+    return found
 
 
 def bench_fixed_point(names: Iterable[str] | None = None) -> Iterable[FixedPointRow]:

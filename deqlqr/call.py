@@ -120,15 +120,13 @@ class Call:
             raise ValueError("block changes z in place; it must leave z as it is.")
         return self.shape.require(fz, batch, _SHAPE, _HINT)
 
-    def _solve(self, f: Flat, z0: Tensor, tensors: tuple[Tensor, ...], divisible: bool) -> Tensor:
-        layer = self.layer
-        direct = f == self.evaluate and all(
-            a is b for a, b in zip(tensors, self.tensors, strict=True)
-        )
+    def _solve(self, f: Flat, z0: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        layer, alone = self.layer, f == self.evaluate
+        direct = alone and all(a is b for a, b in zip(tensors, self.tensors, strict=True))
         count = len(self._own.tensors)
         own, rest = tensors[:count], tensors[count:]
         probe = self._direct if direct else lambda z, *x: f(z, *x, *rest)
-        rows = _Rows(probe, own, None if divisible else False, self.frozen)
+        rows = _Rows(probe, own, None if alone else False, self.frozen)
         found = solve_flat(rows, z0, replace(layer.solver, tol=self._tolerance(z0.dtype)))
         if self.frozen.autocast[0]:
             torch.clear_autocast_cache()  # weights cast without a graph must not be used with one

@@ -61,7 +61,7 @@ class DEQ(nn.Module):
     Attributes:
         solution: The `FixedPointSolution` of the last forward solve, or `None`.
         backward_solution: The `LinearSolution` of the last adjoint or tangent solve, with a bound
-            of its error.
+            or estimate of its error.
 
     Raises:
         ValueError: If an option's value is unknown or `block` is not a module.

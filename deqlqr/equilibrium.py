@@ -23,7 +23,7 @@ from deqlqr.adjoint import Neumann
 from deqlqr.resolvent import Product
 
 Flat = Callable[..., Tensor]
-Solve = Callable[[Flat, Tensor, tuple[Tensor, ...], bool], Tensor]
+Solve = Callable[[Flat, Tensor, tuple[Tensor, ...]], Tensor]
 SolveLinear = Callable[[Product, Tensor], Tensor]
 
 
@@ -35,11 +35,10 @@ class Problem:
         f: Deterministic and differentiable in every floating-point argument.
         per_sample: For each tensor whether its first dimension is the batch; the others are
             shared by all samples.
-        solve: `(f, z0, tensors, divisible)` to z, in plain tensors; `divisible` is false where f
-            must be given the whole batch.
+        solve: `(f, z0, tensors)` to z, in plain tensors; f is the problem's own, or several of it
+            side by side, which want the whole batch.
         solve_linear: `(product, right)` to x = right + product(x).
         neumann: The truncated series to be differentiated instead of (D1), if any.
-        divisible: Whether f may be given a part of the batch.
     """
 
     f: Flat
@@ -47,7 +46,6 @@ class Problem:
     solve: Solve
     solve_linear: SolveLinear
     neumann: Neumann | None = None
-    divisible: bool = True
 
     def adjoint(self) -> "Problem":
         """Return (D1) as a problem in lam with the tensors g, z and those of f."""
@@ -56,7 +54,7 @@ class Problem:
             value, pull = pullback(lambda z: self.f(z, *tensors), z)
             return g + pull(lam.to(value.dtype))[0]
 
-        def solve(given: Flat, lam: Tensor, tensors: tuple[Tensor, ...], divisible: bool) -> Tensor:
+        def solve(given: Flat, lam: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
             g, z, *rest = tensors
             if given is f:
                 return self.solve_linear(_evaluated(self.f, z, rest).product, g)
@@ -71,7 +69,7 @@ class Problem:
         def f(dz: Tensor, z: Tensor, *tensors: Tensor) -> Tensor:
             return _push(self.f, z, tensors[:count], dz, tensors[count:], floating)
 
-        def solve(given: Flat, dz: Tensor, tensors: tuple[Tensor, ...], divisible: bool) -> Tensor:
+        def solve(given: Flat, dz: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
             return self.solve_linear(*_affine(given, dz, tensors))
 
         tangents = tuple(s for s, real in zip(self.per_sample, floating, strict=True) if real)
@@ -89,7 +87,7 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def forward(problem: Problem, z0: Tensor, *tensors: Tensor) -> Tensor:
         with torch.no_grad():
-            z = problem.solve(problem.f, z0, tensors, problem.divisible)
+            z = problem.solve(problem.f, z0, tensors)
         return z.clone() if any(z is t for t in (z0, *tensors)) else z
 
     @staticmethod
@@ -183,7 +181,7 @@ def _with_many(problem: Problem, size: int, axes: list[int | None]) -> Problem:
         many = torch.vmap(problem.f, in_dims=(0, *axes), randomness="same")
         return many(z.unflatten(0, (size, -1)), *groups).flatten(0, 1)
 
-    return replace(problem, f=f, divisible=False)
+    return replace(problem, f=f)
 
 
 def _differentiable_adjoint(
@@ -291,5 +289,5 @@ def _push(
         return torch.func.jvp(of_real, primals, tangents)[1].to(z.dtype)
     # Forward-mode levels do not nest: the transposed map, transposed, is the map.
     fz, pull = pullback(of_real, *primals)
-    _, push = torch.func.vjp(lambda c: pull(c), torch.zeros_like(fz))  # type: ignore[misc]
+    _, push = pullback(lambda c: pull(c), torch.zeros_like(fz))
     return push(tangents)[0].to(z.dtype)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from deqlqr._checks import choice
-from deqlqr.newton_krylov import Fallback, NewtonKrylov
+from deqlqr.fallback import Fallback
+from deqlqr.newton_krylov import NewtonKrylov
 from deqlqr.solver import FixedPointSolution, RowMap, Solver
 from deqlqr.solvers import Anderson, Broyden, Picard
 from deqlqr.state import StateShape

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from deqlqr._checks import at_least
-from deqlqr._linalg import identity_like
 from deqlqr.call import Call
 from deqlqr.deq import DEQ
 from deqlqr.equilibrium import pullback
-from deqlqr.resolvent import Product
+from deqlqr.resolvent import Product, matrix_of
 
 _KRYLOV = 24  # dimension of the space whose Ritz values are taken
 _POWERS = 24  # products before it, which turn the start towards the dominant part
@@ -123,14 +122,10 @@ def jacobian_radius(layer: DEQ, z: Any, *inputs: Any, **shared: Any) -> Tensor:
     at = call.start
     devices = [at.device] if at.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        product = lambda v: torch.func.jvp(lambda z: call.evaluate(z, *call.tensors), (at,), (v,))[
-            1
-        ]
-        batch, n = at.shape
-        if n <= 64:
-            unit = identity_like(at.new_empty(n, n))
-            A = torch.stack([product(e.expand(batch, n)) for e in unit], dim=-1)
-            return _eigenvalue_radius(A)
+        f = lambda z: call.evaluate(z, *call.tensors)
+        product = lambda v: torch.func.jvp(f, (at,), (v,))[1]
+        if at.shape[1] <= 64:
+            return _eigenvalue_radius(matrix_of(product, at))
         return _ritz_radius(product, at)
 
 

@@ -18,12 +18,12 @@ nonsymmetric systems of linear equations, SIAM J. Numer. Anal. 20(2), doi:10.113
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from deqlqr._linalg import LUFactor, identity_like, lu_factor
+from deqlqr._linalg import LUFactor, identity_like, lu_factor, norm
 from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failures
 
 Product = Callable[[Tensor], Tensor]
@@ -70,6 +70,12 @@ class LinearSolution:
         return self
 
 
+def matrix_of(product: Product, like: Tensor) -> Tensor:
+    """Return the matrices (batch, n, n) of a product x (batch, n) -> L x, in n products."""
+    columns = [product(e.expand_as(like)) for e in identity_like(like)]
+    return torch.stack(columns, dim=-1)
+
+
 class Resolvent:
     """(I - L)^-1, made once and applied to as many right sides as wanted.
 
@@ -83,7 +89,7 @@ class Resolvent:
     def __init__(self, product: Product, *, tol: float, max_steps: int, dense: bool) -> None:
         self.product, self.tol, self.max_steps, self.dense = product, tol, max_steps, dense
         self.products = 0
-        self._factor: tuple[Tensor, LUFactor, Tensor] | None = None
+        self._factor: tuple[LUFactor, Tensor] | None = None  # of I - L, and ||(I - L)^-1||
         self._p: list[Tensor] = []
         self._q: list[Tensor] = []
 
@@ -106,11 +112,7 @@ class Resolvent:
                 torch.stack([p.residual for p in parts]).amax(0),
                 torch.stack([p.error for p in parts]).amax(0),
             )
-        if several:
-            return found
-        return LinearSolution(
-            found.value[:, 0], found.result, found.evaluations, found.residual, found.error
-        )
+        return found if several else replace(found, value=found.value[:, 0])
 
     def _times(self, x: Tensor) -> Tensor:
         self.products += 1
@@ -120,13 +122,11 @@ class Resolvent:
         batch, k, n = rights.shape
         spent = self.products
         if self._factor is None:
-            unit = identity_like(rights.new_empty(n, n))
-            # Row i of the stack is L e_i, a column of L.
-            L = torch.stack([self._times(e.expand(batch, n)) for e in unit], dim=-1)
+            L = matrix_of(self._times, rights[:, 0])
+            unit = identity_like(L)
             lu = lu_factor(unit - L)
-            inverse = lu.solve(unit.expand(batch, n, n))
-            self._factor = L, lu, torch.linalg.vector_norm(inverse, dim=(-2, -1))
-        _, lu, size = self._factor
+            self._factor = lu, norm(lu.solve(unit.expand(batch, n, n)))
+        lu, size = self._factor
         x = lu.solve(rights.mT).mT
         # By a product, not by L: it shows a map that mixes the samples of the batch.
         r = torch.stack([rights[:, i] + self._times(x[:, i]) - x[:, i] for i in range(k)], 1)
@@ -154,8 +154,7 @@ class Resolvent:
         if found.converged.all():
             return found
         further = self._further(true) / torch.linalg.vector_norm(x, dim=-1)
-        error = torch.where(found.converged, found.error, further)
-        return LinearSolution(found.value, found.result, found.evaluations, found.residual, error)
+        return replace(found, error=torch.where(found.converged, found.error, further))
 
     def _reduced(self, x: Tensor, r: Tensor, goal: Tensor, spent: int) -> tuple[Tensor, Tensor]:
         """Lower the residual r of x: first by the pairs at hand, then by new ones."""
@@ -242,10 +241,10 @@ class Resolvent:
     def _certified(
         self, rights: Tensor, x: Tensor, r: Tensor, inverse_norm: Tensor, products: int
     ) -> LinearSolution:
-        norm = lambda v: torch.linalg.vector_norm(v, dim=-1)
+        size = lambda v: torch.linalg.vector_norm(v, dim=-1)
         tiny = torch.finfo(x.dtype).tiny
-        residual = (norm(r) / norm(rights).clamp(min=tiny)).amax(-1)
-        error = (inverse_norm * norm(r) / norm(x).clamp(min=tiny)).amax(-1)
+        residual = (size(r) / size(rights).clamp(min=tiny)).amax(-1)
+        error = (inverse_norm * size(r) / size(x).clamp(min=tiny)).amax(-1)
         # Rounding alone leaves what it leaves, however small tol is.
         reach = max(2 * self.tol, 1e2 * torch.finfo(x.dtype).eps)
         result = torch.where(

@@ -11,7 +11,7 @@ nothing and never see it.
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,13 +179,13 @@ class Solver(Options):
             fz = fz_raw.to(z.dtype)
             growth, kept = run.judge(step, fz_raw, fz, memory)
             if kept is not None:
-                memory = memory.pick(kept)
+                memory.pick(kept)
                 fz = fz[kept]
             if run.f.mixes or (run.over and run.fails_by_mixing(fz)):
                 return self._solve_together(run, step)
             if run.over:
                 break
-            run.advance(memory.propose(run.f, run.z, fz, run.r, growth, run.best_fz))
+            run.advance(memory.propose(run.f, Iterate(run.z, fz, run.r, growth, run.best_fz)))
         return run.solution()
 
     def _solve_together(self, run: "_Run", steps: int) -> FixedPointSolution:
@@ -200,36 +200,47 @@ class Solver(Options):
         return FixedPointSolution(value, result, evaluations, residual, whole.rows)
 
 
-class Memory:
-    """What a solver remembers of its past iterates; `work` counts products with the Jacobian."""
+class Iterate(NamedTuple):
+    """Where a solve stands: tensors (batch, n) but for `growth`.
 
+    Attributes:
+        z: Iterate.
+        fz: f(z).
+        r: f(z) - z.
+        growth: Residual over the best one seen before, `(batch,)`; `None` where all rows improved.
+        best_fz: f at the best iterate of each row.
+    """
+
+    z: Tensor
+    fz: Tensor
+    r: Tensor
+    growth: Tensor | None
+    best_fz: Tensor
+
+
+class Memory:
+    """What a solver remembers of its past iterates.
+
+    Attributes:
+        rows: Names of the attributes that have a row for each sample.
+        work: Products with the Jacobian so far.
+    """
+
+    rows: tuple[str, ...] = ()
     work: int = 0
 
-    def pick(self, keep: Tensor) -> "Memory":
-        """Return the memory of the rows `keep`."""
-        return self
+    def pick(self, keep: Tensor) -> None:
+        """Keep the rows `keep` only."""
+        _pick(self, self.rows, keep)
 
     @abstractmethod
-    def propose(
-        self,
-        f: RowMap,
-        z: Tensor,
-        fz: Tensor,
-        r: Tensor,
-        growth: Tensor | None,
-        best_fz: Tensor,
-    ) -> Tensor:
-        """Return the next iterate (batch, n).
+    def propose(self, f: RowMap, at: Iterate) -> Tensor:
+        """Return the next iterate (batch, n); f is for products with its Jacobian."""
 
-        Args:
-            f: The map, for solvers that want products with its Jacobian.
-            z: Iterate.
-            fz: f(z).
-            r: f(z) - z.
-            growth: Residual over the best one seen before, `(batch,)`; `None` where all rows
-                improved.
-            best_fz: f at the best iterate of each row.
-        """
+
+def _pick(owner: object, names: tuple[str, ...], keep: Tensor) -> None:
+    for name in names:
+        setattr(owner, name, getattr(owner, name)[keep])
 
 
 class _Run:
@@ -355,8 +366,7 @@ class _Run:
         if part is self.f:
             return False
         self.f, self.frozen = part, None
-        for name in ("z", "r", "best_z", "best_fz", "best", "anchor", "index", "limit"):
-            setattr(self, name, getattr(self, name)[left])
+        _pick(self, ("z", "r", "best_z", "best_fz", "best", "anchor", "index", "limit"), left)
         return True
 
     def advance(self, z: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deqlqr._checks import count
 from deqlqr._linalg import identity_like
-from deqlqr.solver import Memory, RowMap, Solver
+from deqlqr.solver import Iterate, Memory, RowMap, Solver
 
 # sin^2 of the angle between a difference and the span of others, below which it says nothing new.
 _DEPENDENT = 1e-5
@@ -52,16 +52,10 @@ class _Picard(Memory):
     def __init__(self, relaxation: float) -> None:
         self.relaxation = relaxation
 
-    def propose(
-        self,
-        f: RowMap,
-        z: Tensor,
-        fz: Tensor,
-        r: Tensor,
-        growth: Tensor | None,
-        best_fz: Tensor,
-    ) -> Tensor:
-        return fz if self.relaxation == 1 else torch.add(z, r, alpha=self.relaxation)  # (FP2)
+    def propose(self, f: RowMap, at: Iterate) -> Tensor:
+        if self.relaxation == 1:
+            return at.fz
+        return torch.add(at.z, at.r, alpha=self.relaxation)  # (FP2)
 
 
 @dataclass(frozen=True)
@@ -116,6 +110,8 @@ class Anderson(Solver):
 
 
 class _Anderson(Memory):
+    rows = ("dF", "dR", "gram", "least", "fz", "r")
+
     def __init__(self, solver: Anderson, z: Tensor) -> None:
         batch, n, m = *z.shape, solver.memory
         # The differences only steer: float32 keeps the digits they need, at half the traffic.
@@ -128,30 +124,18 @@ class _Anderson(Memory):
         self.least = z.new_zeros(batch, m, dtype=dtype)  # diagonal that Cholesky must leave
         self.solver, self.fz, self.r, self.step = solver, z, z, 0
 
-    def pick(self, keep: Tensor) -> Memory:
-        for name in ("dF", "dR", "gram", "least", "fz", "r"):
-            setattr(self, name, getattr(self, name)[keep])
-        return self
-
-    def propose(
-        self,
-        f: RowMap,
-        z: Tensor,
-        fz: Tensor,
-        r: Tensor,
-        growth: Tensor | None,
-        best_fz: Tensor,
-    ) -> Tensor:
+    def propose(self, f: RowMap, at: Iterate) -> Tensor:
         period = self.solver.period
         if self.step > 0:
             slot = (self.step - 1) % self.solver.memory
-            torch.sub(fz, self.fz, out=self.dF[:, slot])
-            torch.sub(r, self.r, out=self.dR[:, slot])
-        self.fz, self.r, self.step = fz, r, self.step + 1
-        restart = None if growth is None else self._restart(growth)
+            torch.sub(at.fz, self.fz, out=self.dF[:, slot])
+            torch.sub(at.r, self.r, out=self.dR[:, slot])
+        self.fz, self.r, self.step = at.fz, at.r, self.step + 1
+        restart = None if at.growth is None else self._restart(at.growth)
+        z = at.fz
         if self.step > 1 and (self.step - 1) % period == 0:
-            fz = self._extrapolated(fz, r, slice(slot + 1 - period, slot + 1))
-        return fz if restart is None else torch.where(restart[:, None], best_fz, fz)
+            z = self._extrapolated(at.fz, at.r, slice(slot + 1 - period, slot + 1))
+        return z if restart is None else torch.where(restart[:, None], at.best_fz, z)
 
     def _extrapolated(self, fz: Tensor, r: Tensor, new: slice) -> Tensor:
         """Return the iterate of (FP3); the slots `new` were filled since the last time."""
@@ -228,35 +212,24 @@ class Broyden(Solver):
 
 
 class _Broyden(Memory):
+    rows = ("U", "V", "z", "r")
+
     def __init__(self, solver: Broyden, z: Tensor) -> None:
         self.solver, self.used = solver, 0
         batch, n, m = *z.shape, solver.memory
         self.U, self.V = z.new_empty(batch, m, n), z.new_empty(batch, m, n)  # H = I + U'V
         self.z, self.r, self.first = z, z, True
 
-    def pick(self, keep: Tensor) -> Memory:
-        for name in ("U", "V", "z", "r"):
-            setattr(self, name, getattr(self, name)[keep])
-        return self
-
-    def propose(
-        self,
-        f: RowMap,
-        z: Tensor,
-        fz: Tensor,
-        r: Tensor,
-        growth: Tensor | None,
-        best_fz: Tensor,
-    ) -> Tensor:
+    def propose(self, f: RowMap, at: Iterate) -> Tensor:
         if not self.first:
-            self._update(z - self.z, self.r - r)
-        self.z, self.r, self.first = z, r, False
-        if growth is None:
-            return z + self._times(r)  # (FP4)
-        restart = growth > self.solver.restart_ratio
+            self._update(at.z - self.z, self.r - at.r)
+        self.z, self.r, self.first = at.z, at.r, False
+        if at.growth is None:
+            return at.z + self._times(at.r)  # (FP4)
+        restart = at.growth > self.solver.restart_ratio
         if restart.any():
             self.U[restart], self.V[restart] = 0.0, 0.0
-        return torch.where(restart[:, None], best_fz, z + self._times(r))
+        return torch.where(restart[:, None], at.best_fz, at.z + self._times(at.r))
 
     def _update(self, dz: Tensor, y: Tensor) -> None:
         if self.used == self.solver.memory:

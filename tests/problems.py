@@ -35,6 +35,25 @@ def make_lqr(n: int, m: int, batch: tuple[int, ...] = (), rho: float = 0.9, seed
     return LQR(A, rand(n, m), W[..., :n, :n], W[..., n:, n:], W[..., n:, :n], rand(n), rand(m))
 
 
+class Cell(nn.Module):
+    """A user's own block, unlike the library's."""
+
+    def __init__(self, n: int = 3, scale: float = 0.5) -> None:
+        super().__init__()
+        self.mix = nn.Linear(n, n)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, z, x):
+        return self.scale * torch.tanh(self.mix(z) + x) + 0.1 * x * z
+
+
+def unrolled(block, x, steps=400):
+    z = torch.zeros_like(x)
+    for _ in range(steps):
+        z = block(z, x)
+    return z
+
+
 def dense_model(seed: int = 0, encoder: bool = True) -> nn.Module:
     torch.manual_seed(seed)
     layers: list[nn.Module] = [DEQ(DenseBlock(4, 5)), nn.Linear(4, 3)]

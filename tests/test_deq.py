@@ -11,28 +11,9 @@ from torch import nn
 
 from deqlqr import DEQ, Anderson, ConvBlock, ConvergenceError, DenseBlock, Implicit, Picard
 
-from .problems import randn, relative
+from .problems import Cell, randn, relative, unrolled
 
 TIGHT = {"tol": 1e-13, "max_steps": 1000}
-
-
-class Cell(nn.Module):
-    """A user's own block, unlike the library's."""
-
-    def __init__(self, n: int = 3, scale: float = 0.5) -> None:
-        super().__init__()
-        self.mix = nn.Linear(n, n)
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, z, x):
-        return self.scale * torch.tanh(self.mix(z) + x) + 0.1 * x * z
-
-
-def unrolled(block, x, steps=400):
-    z = torch.zeros_like(x)
-    for _ in range(steps):
-        z = block(z, x)
-    return z
 
 
 def grads(output, module, x, weight):

@@ -23,16 +23,9 @@ from deqlqr import (
     fixed_point,
 )
 
-from .problems import randn, relative
+from .problems import randn, relative, unrolled
 
 TIGHT = {"tol": 1e-12, "max_steps": 1000}
-
-
-def unrolled(f, x, steps=300):
-    z = torch.zeros_like(x)
-    for _ in range(steps):
-        z = f(z, x)
-    return z
 
 
 class Gate(nn.Module):

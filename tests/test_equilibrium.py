@@ -16,17 +16,7 @@ from torch.func import (
 
 from deqlqr import DEQ, DenseBlock, Implicit, Neumann
 
-from .problems import randn, relative
-
-
-class Cell(nn.Module):
-    def __init__(self, n: int = 3, scale: float = 0.5) -> None:
-        super().__init__()
-        self.mix = nn.Linear(n, n)
-        self.scale = nn.Parameter(torch.tensor(scale))
-
-    def forward(self, z, x):
-        return self.scale * torch.tanh(self.mix(z) + x) + 0.1 * x * z
+from .problems import Cell, randn, relative
 
 
 def both(n=3, seed=0, backward="implicit"):
