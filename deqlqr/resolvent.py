@@ -65,7 +65,7 @@ class LinearSolution:
         """
         message = describe_failures(self.result, FixedPointResult, what)
         if message is not None:
-            worst = float(self.error.nan_to_num(nan=float("inf")).max())
+            worst = float(self.error.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
             raise ConvergenceError(f"{message} Relative error up to {worst:.1e}.", self)
         return self
 

@@ -55,7 +55,7 @@ class FixedPointSolution:
         """
         message = describe_failures(self.result, FixedPointResult, what)
         if message is not None:
-            worst = float(self.residual.nan_to_num(nan=float("inf")).max())
+            worst = float(self.residual.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
             raise ConvergenceError(f"{message} Largest residual {worst:.2e}.", self)
         return self
 
