@@ -28,6 +28,7 @@ from deqlqr.newton_krylov import NewtonKrylov
 from deqlqr.optim import ImplicitNGD, StepReport
 from deqlqr.resolvent import LinearSolution, Resolvent
 from deqlqr.riccati import DareSolution, Doubling, solve_dare
+from deqlqr.routes import Dare, Kronecker, Krylov, Output, Route, Sampled
 from deqlqr.solution import (
     ConvergenceError,
     DareResult,
@@ -95,6 +96,12 @@ __all__ = [
     "SteadyState",
     # update
     "ImplicitNGD",
+    "Route",
+    "Dare",
+    "Output",
+    "Sampled",
+    "Krylov",
+    "Kronecker",
     "StepReport",
     # check
     "check_equivalence",

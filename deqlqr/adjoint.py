@@ -69,6 +69,12 @@ class Implicit(Options):
     ) -> LinearSolution:
         """Solve (D1), with the bound (G2) of the error."""
         resolvent = self.resolvent(product, right.shape[1], tol)
+        return self.solve_by(resolvent, product, right, start)
+
+    def solve_by(
+        self, resolvent: Resolvent, product: Product, right: Tensor, start: Tensor | None = None
+    ) -> LinearSolution:
+        """Solve (D1) by a resolvent that may have served before."""
         found = resolvent.solve(right, start)
         if resolvent.dense and not found.converged.all():
             # Samples that depend on each other have no A of their own.

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from deqlqr.adjoint import Neumann, make_adjoint
+from deqlqr.adjoint import Implicit, Neumann, make_adjoint
 from deqlqr.equilibrium import Flat, Problem
 from deqlqr.fixed_point import solve_flat
 from deqlqr.frozen import Frozen
-from deqlqr.resolvent import Product
+from deqlqr.resolvent import Product, Resolvent
 from deqlqr.solution import FixedPointResult
 from deqlqr.solver import RowMap
 from deqlqr.state import StateShape
@@ -44,6 +44,7 @@ class Call:
                 "the DEQ layer needs a tensor x (batch, ...) as its first positional argument."
             )
         self.layer, self.key = layer, key
+        z0 = layer._near if z0 is None else z0
         self._own = _Tensors(inputs)
         self._shared = _Tensors(shared)
         batch = inputs[0].shape[0]
@@ -76,7 +77,7 @@ class Call:
             f=self.evaluate,
             per_sample=(True,) * count + (False,) * (len(self.tensors) - count),
             solve=self._solve,
-            solve_linear=self._solve_linear,
+            solve_linear=self.solve_linear,
             neumann=adjoint if isinstance(adjoint, Neumann) else None,
         )
 
@@ -96,8 +97,11 @@ class Call:
             len(z),
         )
 
+    def direct(self, z: Tensor) -> Tensor:
+        """Return f(z) flat of the block and the inputs as they stand."""
+        return self._direct(z, *self._own.tensors)
+
     def _direct(self, z: Tensor, *own: Tensor) -> Tensor:
-        """Return f(z) flat of the block as it stands: as `evaluate`, without its overhead."""
         inputs, shared = self._own.filled(own), self._shared.whole
         state = self.shape.unflatten(z)
         return self._checked(lambda: self.layer.block(state, *inputs, **shared), state, len(z))
@@ -119,6 +123,10 @@ class Call:
         if versions != [part._version for part in parts]:
             raise ValueError("block changes z in place; it must leave z as it is.")
         return self.shape.require(fz, batch, _SHAPE, _HINT)
+
+    def solve(self) -> Tensor:
+        """Return z* flat, in plain tensors."""
+        return self._solve(self.evaluate, self.start, self.tensors)
 
     def _solve(self, f: Flat, z0: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         layer, alone = self.layer, f == self.evaluate
@@ -144,7 +152,16 @@ class Call:
         solver, (enabled, low) = self.layer.solver, self.frozen.autocast
         return solver.tolerance(low) if enabled else solver.tol
 
-    def _solve_linear(self, product: Product, right: Tensor) -> Tensor:
+    def solve_linear(
+        self, product: Product, right: Tensor, resolvent: Resolvent | None = None
+    ) -> Tensor:
+        """Return x = right + L x by the layer's adjoint solver and rules of failure.
+
+        Args:
+            product: x -> L x.
+            right: `(batch, n)`.
+            resolvent: (I - L)^-1, where one is at hand.
+        """
         layer, dtype = self.layer, right.dtype
         work = right.float() if torch.finfo(dtype).bits < 32 else right
         # What is not finite (an overflow that a gradient scaler looks for) is passed on as it is.
@@ -153,7 +170,11 @@ class Call:
         start = self._warmed("lam", work, None)
         tol = self._tolerance(dtype) or layer.solver.tolerance(dtype)
         with torch.no_grad():
-            found = make_adjoint(layer.backward).solve(product, work, tol, start)
+            solver = make_adjoint(layer.backward)
+            if resolvent is not None and isinstance(solver, Implicit):
+                found = solver.solve_by(resolvent, product, work, start)
+            else:
+                found = solver.solve(product, work, tol, start)
         # Nobody asks about a sample whose A is not finite: its part is nothing.
         idle = (work == 0).all(-1) & ~found.value.isfinite().all(-1)
         codes = found.result.masked_fill(idle, int(FixedPointResult.CONVERGED))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import click
 import torch
@@ -19,8 +19,8 @@ from deqlqr.bench_fixed_point import table as fixed_point_table
 from deqlqr.data import DATASETS, load_data
 from deqlqr.equivalence import check_equivalence
 from deqlqr.models import MODELS, make_model
-from deqlqr.optim import Route
 from deqlqr.reproduce import FIGURES, reproduce
+from deqlqr.routes import ROUTES
 from deqlqr.solution import ConvergenceError
 from deqlqr.training import OPTIMIZERS, SCHEDULES, TrainConfig, Trainer, resume_config
 
@@ -73,7 +73,7 @@ def main() -> None:
     "--minibatch", type=click.Choice(["exact", "per-sample"]), default=_DEFAULT.minibatch,
     help="One LQR for the whole batch, or the mean of the samples' own steps.",
 )  # fmt: skip
-@click.option("--route", type=click.Choice(get_args(Route)), default=_DEFAULT.route,
+@click.option("--route", type=click.Choice(ROUTES), default=_DEFAULT.route,
               help="How the step is computed: Riccati equation, or output space.")  # fmt: skip
 @click.option("--batch-size", type=int, default=_DEFAULT.batch_size, help="Samples of a step.")
 @click.option("--epochs", type=int, default=_DEFAULT.epochs, help="Passes over the data.")

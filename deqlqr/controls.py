@@ -63,3 +63,12 @@ class Controls:
         """Write u (m,) into the model's parameters in place."""
         for p, part in zip(self.parameters, u.split(self.sizes), strict=True):
             p.copy_(part.view_as(p))
+
+    @torch.no_grad()
+    def try_out(self, u: Tensor) -> None:
+        """Write u (m,) like `assign`, unnoticed by graphs that hold the parameters.
+
+        For trials: with the parameters put back as they were, such graphs are right again.
+        """
+        for p, part in zip(self.parameters, u.split(self.sizes), strict=True):
+            p.data.copy_(part.view_as(p))

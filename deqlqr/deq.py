@@ -22,10 +22,12 @@ from deqlqr.adjoint import Adjoint, Implicit, make_adjoint
 from deqlqr.call import Call
 from deqlqr.equilibrium import equilibrium, pullback_at
 from deqlqr.fixed_point import make_solver
+from deqlqr.pinned import pinned
 from deqlqr.resolvent import LinearSolution, Resolvent
 from deqlqr.solution import ConvergenceError
 from deqlqr.solver import FixedPointSolution, Solver
 from deqlqr.state import StateShape
+from deqlqr.uses import Uses
 
 OnFailure = Literal["raise", "warn", "return"]
 
@@ -111,6 +113,8 @@ class DEQ(nn.Module):
         self.solution: FixedPointSolution | None = None
         self.backward_solution: LinearSolution | None = None
         self._tap: Tap | None = None
+        self._uses: Uses | None = None
+        self._near: Any = None
         self._warm: dict[tuple[str, Hashable], Tensor] = {}
 
     def forward(self, *inputs: Any, z0: Any = None, key: Hashable = None, **shared: Any) -> Any:
@@ -134,6 +138,8 @@ class DEQ(nn.Module):
             return self._tap.record(self.block, *inputs, **shared)
         one_forward_level("the DEQ layer")
         call = Call(self, inputs, shared, z0, key)
+        if self._uses is not None and not self._uses.paused:
+            return pinned(call, self._uses)
         z = equilibrium(call.problem(), call.start, call.tensors)
         return call.shape.unflatten(z)
 
@@ -190,6 +196,24 @@ class DEQ(nn.Module):
             yield self._tap
         finally:
             self._tap = None
+
+    @contextmanager
+    def starting_near(self, z: Any) -> Generator[None, None, None]:
+        """Within the context the forward solve starts from z, unless a call says otherwise."""
+        self._near = z
+        try:
+            yield
+        finally:
+            self._near = None
+
+    @contextmanager
+    def pinning(self, uses: Uses) -> Generator[None, None, None]:
+        """Within the context the layer's output is pinned at its fixed point (see `pinned`)."""
+        self._uses = uses
+        try:
+            yield
+        finally:
+            self._uses = None
 
     def extra_repr(self) -> str:
         """Show the options."""

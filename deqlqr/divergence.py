@@ -38,6 +38,18 @@ class OutputDivergence(Divergence):
     def metric(self, y: Tensor) -> Tensor:
         """Return Lambda (batch, k, k), symmetric, for outputs y (batch, k)."""
 
+    def root(self, y: Tensor) -> Tensor:
+        """Return C (batch, k, r) with C C' = Lambda, r at most k."""
+        values, vectors = torch.linalg.eigh(self.metric(y))
+        return vectors * values.clamp(min=0.0).sqrt()[..., None, :]
+
+    def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a random c (batch, k) with mean 0 and covariance Lambda."""
+        C = self.root(y)
+        shape = (len(C), C.shape[-1], 1)
+        signs = torch.randint(0, 2, shape, generator=generator, device=y.device) * 2 - 1
+        return (C @ signs.to(C.dtype))[..., 0]
+
 
 class CategoricalKL(OutputDivergence):
     """KL divergence of a categorical output with logits y: natural gradient."""
@@ -47,14 +59,42 @@ class CategoricalKL(OutputDivergence):
         p = y.softmax(-1)
         return torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
 
+    def root(self, y: Tensor) -> Tensor:
+        """Return a root of k - 1 columns."""
+        p = y.softmax(-1)
+        q = p.sqrt()
+        C = torch.diag_embed(q) - p[..., :, None] * q[..., None, :]
+        # C q = 0: the reflection that takes q to the last axis leaves nothing in the last column.
+        return C[..., :-1] - C[..., -1:] * (q[..., :-1] / (1 + q[..., -1:]))[..., None, :]
 
+    def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the gradient in y of -log p of a class drawn from the model, `(batch, k)`."""
+        p = y.softmax(-1)
+        drawn = torch.multinomial(p, 1, generator=generator)
+        return p.scatter_add(-1, drawn, torch.full_like(p[..., :1], -1.0))
+
+
+@dataclass(frozen=True)
 class GaussianKL(OutputDivergence):
-    """KL divergence of a Gaussian output with mean y and unit variance: least squares."""
+    """KL divergence of a Gaussian output with mean y: least squares.
+
+    Attributes:
+        variance: Of each of the k outputs; `None` takes k / 2, for which the mean-squared error is
+            the negative log-likelihood, so that the metric is its Gauss-Newton matrix.
+    """
+
+    variance: float | None = 1.0
 
     def metric(self, y: Tensor) -> Tensor:
-        """Return the identity."""
-        eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
-        return eye.expand(*y.shape, y.shape[-1])
+        """Return the identity over the variance."""
+        k = y.shape[-1]
+        variance = k / 2 if self.variance is None else self.variance
+        eye = torch.eye(k, dtype=y.dtype, device=y.device) / variance
+        return eye.expand(*y.shape, k)
+
+    def root(self, y: Tensor) -> Tensor:
+        """Return the root of the metric, a multiple of the identity."""
+        return self.metric(y).sqrt()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deqlqr._checks import at_least
+from deqlqr.batch import Batch
 from deqlqr.controls import Controls
 from deqlqr.dare import spectral_radius
 from deqlqr.deq import DEQ, find_deq
@@ -273,8 +274,11 @@ class _Check:
 
     def _output_step(self, divergence: OutputDivergence) -> Tensor:
         """Return the step of `ImplicitNGD(route="output")`."""
-        outputs = linearize_outputs(self.model, self.x, self.y, self.loss, divergence)
-        return outputs.step(self.damping)[0]
+        at = Batch(self.model, self.controls, self.loss, [(self.x, self.y)])
+        outputs = linearize_outputs(at, divergence, torch.float64)
+        u = outputs.solve([self.damping] * len(self.controls.parameters)).u
+        assert u is not None  # noqa: S101
+        return u
 
     def _explicit_step(self, divergence: OutputDivergence) -> Tensor:
         """Return -(J'Lambda J / batch + delta I)^-1 g with J = dy/du by autograd."""

@@ -60,10 +60,11 @@ class InputCost:
         R[..., self.coupled[:, None], self.coupled] = self.block
         return R
 
-    def damped(self, delta: float) -> "InputCost":
-        """Return R + delta I."""
+    def damped(self, delta: float | Tensor) -> "InputCost":
+        """Return R + delta I, or R + diag(delta) for a delta (m,)."""
         eye = torch.eye(len(self.coupled), dtype=self.dtype, device=self.device)
-        return InputCost(self.diagonal + delta, self.coupled, self.block + delta * eye)
+        among = delta[self.coupled] if isinstance(delta, Tensor) else delta
+        return InputCost(self.diagonal + delta, self.coupled, self.block + among * eye)
 
     def to(self, dtype: torch.dtype) -> "InputCost":
         """Return R in another dtype."""

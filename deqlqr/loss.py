@@ -91,7 +91,7 @@ def make_loss(loss: LossLike) -> Loss:
     if loss == "cross_entropy":
         return Loss("cross_entropy", F.cross_entropy, CategoricalKL())
     if loss == "mse":
-        return Loss("mse", F.mse_loss, GaussianKL())
+        return Loss("mse", F.mse_loss, GaussianKL(variance=None))
     if callable(loss):
         return Loss("callable", loss, None)
     raise ValueError(f"loss must be 'cross_entropy', 'mse' or a function, got {loss!r}.")

@@ -73,8 +73,8 @@ class LQR:
         """Number of controls."""
         return self.B.shape[-1]
 
-    def damped(self, delta: float) -> "LQR":
-        """Return the problem with R_bar = R + delta I."""
+    def damped(self, delta: float | Tensor) -> "LQR":
+        """Return the problem with R_bar = R + delta I, or R + diag(delta) for a delta (m,)."""
         if isinstance(self.R, InputCost):
             return replace(self, R=self.R.damped(delta))
         eye = torch.eye(self.m, dtype=self.R.dtype, device=self.R.device)

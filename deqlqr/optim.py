@@ -1,51 +1,45 @@
 """Implicit natural-gradient descent: a training step is the steady state of an LQR.
 
-    (O1)  u of (R3), from the DARE at R_bar = R + delta I;   theta <- theta + lr * u
+    (O2)  v <- momentum v + u,    d = lr (v - weight_decay theta),    theta <- theta + d
 
-The same u comes by another route from output space (W3), without a DARE.
+u solves (F3) at R_bar = R + delta I, by any of the routes. The quadratic model of the loss,
 
-Source: thesis algorithm 1, with the corrections of docs/maths.md.
+    (O3)  q(d) = g'd + d'C d / 2
+
+says what d promises. With a trust region, d is shortened to d'C d / 2 <= radius. With adaptive
+damping, delta falls where the loss fell by more than 3/4 of -q(d), and rises below 1/4.
+
+Source: thesis algorithm 1; J. More (1978), The Levenberg-Marquardt algorithm, Lecture Notes in
+Mathematics 630, for the adaptation; J. Martens, R. Grosse (2015), arXiv:1503.05671, section 6.
 """
 
+import logging
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deqlqr._checks import at_least, choice
+from deqlqr._checks import at_least, count
+from deqlqr.batch import Batch, require_independent
 from deqlqr.controls import Controls
-from deqlqr.deq import find_deq
-from deqlqr.divergence import DivergenceLike, OutputDivergence
-from deqlqr.linearize import (
-    Linearization,
-    Minibatch,
-    check_input,
-    choose_divergence,
-    linearize_samples,
-)
+from deqlqr.direction import Direction, Local, expanded
+from deqlqr.divergence import DivergenceLike
+from deqlqr.linearize import choose_divergence
 from deqlqr.loss import LossLike, make_loss
-from deqlqr.output_space import OutputLinearization, linearize_outputs
-from deqlqr.riccati import DareSolution, Doubling, factored_dare
-from deqlqr.solution import ConvergenceError, DareResult, FixedPointResult, describe_failures
-from deqlqr.solver import FixedPointSolution
-from deqlqr.steady_state import steady_state
+from deqlqr.output_space import OutputSpace
+from deqlqr.routes import Krylov, Memory, Output, Route, Sampled, make_route
+from deqlqr.solution import ConvergenceError
 
-Route = Literal["dare", "output"]
-# What the step needs of P is judged by the steady state, in whatever type it is computed.
-_AS_IT_IS = Doubling(refine=0)
+logger = logging.getLogger("deqlqr")
 
-
-class _Found(NamedTuple):
-    """u (m,), the residual of its equations, and why it is not to be taken (or `None`)."""
-
-    u: Tensor | None
-    residual: float
-    dare: DareSolution | None = None
-    reason: str | None = None
-
-
-AnyLinearization = Linearization | OutputLinearization
+_ADAPTATION = 3.0  # factor on an adaptive damping
+_LEAST, _MOST = 1e-12, 1e12  # limits of the factor on the damping
+_PROBE = 0.1  # of the step, at which the bend of the outputs is looked at
+_LARGEST_CORRECTION = 0.75  # of the step
+_SUSPICIOUS = 2.0  # times the loss before: an unchecked step is looked at, and undone
 
 
 @dataclass(frozen=True)
@@ -55,17 +49,20 @@ class StepReport:
     Attributes:
         loss: Loss before the step.
         accepted: Whether the parameters were changed.
-        loss_after: Loss on the same batch after an accepted step, else NaN.
-        damping: Damping of the last attempt.
+        loss_after: Loss on the same batch after an accepted step that was checked, else NaN.
+        damping: Damping of the last attempt, of the first parameter group.
         rejections: The reason of each rejected attempt, in order.
-        rolled_back: Whether the previous step was undone because this batch had no fixed point.
-        evaluations: Mean evaluations of f per sample in the forward solve.
+        rolled_back: Whether the previous step was undone first.
+        evaluations: Mean evaluations of f per sample in the forward solves, 0 without a DEQ.
         residual: Largest fixed-point residual of the batch.
         step_residual: Relative residual of the equations of u, of the last attempt.
+        shortened: Factor that the trust region put on the step.
+        ratio: Decrease of the loss over what (O3) promised, where it was measured.
         closed_loop_radius: Largest spectral radius of A - BK, of the last attempt; `None` on
             routes without a DARE, like the next two.
         dare_residual: Largest residual of the DARE, of the last attempt.
         dare_iterations: Most doubling steps, of the last attempt.
+        iterations: Products with the metric, on the Krylov route.
     """
 
     loss: float
@@ -77,38 +74,67 @@ class StepReport:
     evaluations: float
     residual: float
     step_residual: float
+    shortened: float
+    ratio: float | None
     closed_loop_radius: float | None
     dare_residual: float | None
     dare_iterations: int | None
+    iterations: int | None
+
+
+@dataclass
+class _Attempt:
+    """A change of the parameters, and how it went."""
+
+    direction: Direction
+    reason: str | None
+    shortened: float = 1.0
+    promised: float | None = None  # decrease of the loss
+    loss_after: float = float("nan")
 
 
 class ImplicitNGD(torch.optim.Optimizer):
     """Steepest descent in a divergence, each step solved as an infinite-horizon LQR.
 
-    All trainable parameters of the model (encoder, block, readout) are controls. A step whose
-    linear algebra fails, or after which the batch has no fixed point or a higher loss, is
-    rejected: the parameters stay as they were, the damping rises by `damping_increase` and the
-    step is tried again, at most `max_rejections` times. After accepted steps a raised damping
-    falls back towards `damping` by the square root of that factor.
+    All trainable parameters of the model (encoder, block, readout) are controls. The model may hold
+    any number of `DEQ` layers, or none. A step whose linear algebra fails, that is not finite, or
+    after which the batch has no fixed point or a higher loss, is rejected: the parameters stay as
+    they were, the damping rises by `damping_increase` and the step is tried again, at most
+    `max_rejections` times. After accepted steps a raised damping falls back towards `damping` by
+    the square root of that factor, or goes by the quadratic model if `adaptive`.
+
+    A step can be taken on several batches at once: `accumulate` each, then call `step()`.
 
     Args:
-        model: Module with exactly one `DEQ` layer, outputs `(batch, k)`.
+        model: Module with outputs `(batch, k)`; route `"dare"` wants exactly one `DEQ` layer.
         loss: `"cross_entropy"`, `"mse"` or a function `(outputs, targets) -> scalar`, a mean over
             the batch.
         lr: Step length; 1 takes the damped step as it is.
         damping: delta of R_bar = R + delta I, above 0.
-        route: How u is computed: `"dare"`, the dense Riccati equation; `"output"`, the same u from
-            a system of batch x outputs unknowns, for divergences of the output and the exact
-            minibatch.
+        route: How u is computed: `"dare"`, `"output"`, `"sampled"`, `"krylov"`, `"kronecker"`, or
+            an object with options such as `Kronecker(refresh_every=50)`. The first four compute or
+            estimate one and the same step; the last approximates its metric.
         divergence: What "steepest" is measured in (see `linearize`); `None` takes the one that
             matches the loss, which makes this natural gradient descent.
-        minibatch: `"exact"`: one augmented LQR for the whole batch, dense in batch x state size.
-            `"per-sample"`: the mean of the samples' own steps, another direction; its DAREs are of
-            the state size.
-        linalg_dtype: Type of the LQR's linear algebra; `None` takes the model's.
+        momentum: Share of the last velocity in the next (O2).
+        weight_decay: Decoupled (O2).
+        adaptive: Adapt the damping by how the loss followed the quadratic model (O3).
+        acceleration: Correct u for the bend of the outputs along it (W4), at the cost of a forward
+            pass; for the routes `"output"` and `"sampled"`. Least squares to high accuracy take far
+            fewer steps.
+        trust_region: Largest d'C d / 2, the divergence of the outputs in quadratic approximation;
+            `None` for no limit.
+        param_groups: Groups of parameters with their own `lr`, `damping`, `momentum` or
+            `weight_decay`, as for `torch.optim`; parameters in none of them form a last group.
+        chunk_size: Most samples that are linearised together, which bounds the memory; `None` takes
+            each batch whole.
+        check_every: Steps between checks of the loss after the step, each the cost of a forward
+            pass. An unchecked step is undone at the next one if the fixed point is lost, or if the
+            loss of the batch is twice what it was before the step.
+        linalg_dtype: Type of the linear algebra; `None` takes the model's.
         damping_increase: Factor on the damping at a rejection.
         max_increase: Largest relative rise of the batch's own loss that a step may cause.
-        step_tolerance: Largest residual of the equations of u accepted (`SteadyState.residual`).
+        step_tolerance: Largest residual of the equations of u accepted.
         max_rejections: Attempts after the first before a step is given up.
 
     Attributes:
@@ -122,7 +148,7 @@ class ImplicitNGD(torch.optim.Optimizer):
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(DEQ(DenseBlock(4)), nn.Linear(4, 3))
         >>> x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
-        >>> opt = ImplicitNGD(model, loss="cross_entropy", lr=1.0, damping=0.1)
+        >>> opt = ImplicitNGD(model, loss="cross_entropy", lr=1.0, damping=0.1, route="output")
         >>> losses = [float(opt.step(x, y)) for _ in range(5)]
         >>> losses[-1] < losses[0] and opt.last_step.accepted
         True
@@ -135,9 +161,16 @@ class ImplicitNGD(torch.optim.Optimizer):
         loss: LossLike = "cross_entropy",
         lr: float = 1.0,
         damping: float = 1e-2,
-        route: Route = "dare",
+        route: str | Route = "dare",
         divergence: DivergenceLike | None = None,
-        minibatch: Minibatch = "exact",
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        adaptive: bool = False,
+        acceleration: bool = False,
+        trust_region: float | None = None,
+        param_groups: Iterable[dict[str, Any]] = (),
+        chunk_size: int | None = None,
+        check_every: int = 1,
         linalg_dtype: torch.dtype | None = None,
         damping_increase: float = 10.0,
         max_increase: float = 0.1,
@@ -146,58 +179,87 @@ class ImplicitNGD(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
-        self.model, self.layer, self.controls = model, find_deq(model), Controls(model)
+        self.model, self.controls = model, Controls(model)
         self.loss = make_loss(loss)
         self.divergence = choose_divergence(loss, divergence)
-        self.route: Route = choice("route", route, get_args(Route))
-        self.minibatch: Minibatch = choice("minibatch", minibatch, get_args(Minibatch))
-        if self.route == "output":
-            if not isinstance(self.divergence, OutputDivergence):
-                raise ValueError(
-                    'route="output" needs a divergence of the output (natural gradient), got '
-                    f"{type(self.divergence).__name__}."
-                )
-            if self.minibatch != "exact":
-                raise ValueError(f'route="output" needs minibatch="exact", got {minibatch!r}.')
+        self.route = make_route(route)
+        refusal = self.route.refuses(model, self.divergence)
+        if refusal is not None:
+            raise ValueError(f"route {route!r} {refusal}.")
         if linalg_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"linalg_dtype must be float32, float64 or None, got {linalg_dtype}.")
         self.linalg_dtype = linalg_dtype or self.controls.parameters[0].dtype
+        self.adaptive = bool(adaptive)
+        self.acceleration = bool(acceleration)
+        if acceleration and not isinstance(self.route, (Output, Sampled)):
+            raise ValueError(f"acceleration needs route 'output' or 'sampled', got {route!r}.")
+        self.trust_region = trust_region
+        if trust_region is not None:
+            at_least("trust_region", trust_region, 0.0, strict=True)
+        self.chunk_size = None if chunk_size is None else count("chunk_size", chunk_size)
+        self.check_every = count("check_every", check_every)
         self.damping_increase = at_least("damping_increase", damping_increase, 1.0, strict=True)
         self.max_increase = at_least("max_increase", max_increase, 0.0)
         self.step_tolerance = at_least("step_tolerance", step_tolerance, 0.0, strict=True)
         self.max_rejections = int(at_least("max_rejections", max_rejections, 0))
         self.last_step: StepReport | None = None
-        delta = at_least("damping", damping, 0.0, strict=True)
+        self._random = torch.empty(0)  # state of the generator before the model was linearised
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._independent: tuple[bool, ...] | None = None  # the modes it was checked in
         defaults = {
             "lr": at_least("lr", lr, 0.0, strict=True),
-            "damping": delta,
-            "current_damping": delta,
+            "damping": at_least("damping", damping, 0.0, strict=True),
+            "momentum": _below_one("momentum", momentum),
+            "weight_decay": at_least("weight_decay", weight_decay, 0.0),
         }
-        super().__init__(self.controls.parameters, defaults)
+        super().__init__(self._grouped(param_groups), defaults)
+        # What belongs to all groups lives in the first, so that `state_dict` holds it.
+        self.param_groups[0].update(step=0, damping_factor=1.0, counts={})
+
+    def _grouped(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the user's groups, and one of all other parameters."""
+        found = [{**group, "params": list(group["params"])} for group in groups]
+        taken = {id(p) for group in found for p in group["params"]}
+        known = {id(p) for p in self.model.parameters()}
+        if not taken <= known:
+            raise ValueError("param_groups must hold parameters of the model only.")
+        rest = [p for p in self.controls.parameters if id(p) not in taken]
+        for group in found:
+            for name in group.keys() - {"params", "lr", "damping", "momentum", "weight_decay"}:
+                raise ValueError(f"param_groups: no option {name!r} for a group.")
+        return [*found, {"params": rest}] if rest else found
 
     @property
     def current_damping(self) -> float:
-        """The damping the next step starts from: `damping`, or more after rejections."""
-        return self.param_groups[0]["current_damping"]
+        """The damping the next step starts from: `damping` times a factor that goes with events."""
+        first = self.param_groups[0]
+        return first["damping"] * first["damping_factor"]
 
     @property
-    def _previous(self) -> Tensor | None:
-        """The parameters before the last accepted step, kept in `state` so that it is saved."""
-        parts = [self.state[p].get("previous") for p in self.controls.parameters]
-        if any(part is None for part in parts):
-            return None
-        return torch.cat([part.reshape(-1) for part in parts])
+    def counts(self) -> dict[str, int]:
+        """How many steps there were, and attempts rejected, steps rolled back and given up."""
+        zeros = dict.fromkeys(("steps", "rejected", "rolled back", "given up"), 0)
+        first = self.param_groups[0]
+        return {**zeros, "steps": first["step"], **first["counts"]}
 
-    def _remember(self, u: Tensor | None) -> None:
-        named = {} if u is None else self.controls.unflatten(u)
-        for name, p in zip(self.controls.names, self.controls.parameters, strict=True):
-            self.state[p] = {} if u is None else {"previous": named[name].clone()}
-
-    def step(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
-        """Take one step on the batch (x, y) and return the loss before it, a scalar tensor.
+    def accumulate(self, x: Tensor, y: Tensor) -> None:
+        """Keep a batch for the next `step`, which takes all kept ones as one.
 
         Args:
             x: Inputs `(batch, ...)`.
+            y: Targets `(batch, ...)`.
+        """
+        size = self.chunk_size
+        if size is None or not isinstance(x, Tensor) or x.dim() < 1 or len(x) <= size:
+            self._pending.append((x, y))
+        else:
+            self._pending += zip(x.split(size), y.split(size), strict=True)
+
+    def step(self, x: Any = None, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Take one step on the batch (x, y) and return the loss before it, a scalar tensor.
+
+        Args:
+            x: Inputs `(batch, ...)`; `None` for what was accumulated.
             y: Targets `(batch, ...)`.
 
         Returns:
@@ -208,128 +270,339 @@ class ImplicitNGD(torch.optim.Optimizer):
             ConvergenceError: If a sample has no fixed point at the current parameters, nor at
                 those before the last step; the parameters are the former.
         """
-        local, rolled_back = self._linearize(x, y)
-        group = self.param_groups[0]
-        base = at_least("damping", group["damping"], 0.0, strict=True)
-        lr = at_least("lr", group["lr"], 0.0)
-        damping = max(self.current_damping, base) * (self.damping_increase if rolled_back else 1)
-        before, loss = self.controls.vector, local.loss
+        if callable(x):
+            raise ValueError("step takes a batch (x, y), not a closure.")
+        self._keep_up_with_freezing()
+        at = self._batch(x, y)
+        local, rolled_back = self._linearize(at)
+        random = self._random
+        first = self.param_groups[0]
+        factor = first["damping_factor"] * (self.damping_increase if rolled_back else 1.0)
+        before = self.controls.vector
+        checked = (first["step"] + 1) % self.check_every == 0
         rejections: list[str] = []
-        loss_after = float("nan")
-        for attempt in range(self.max_rejections + 1):
-            if attempt:
-                damping *= self.damping_increase
-            found = self._solve(local, damping)
-            reason = found.reason
-            if reason is None:
-                assert found.u is not None  # noqa: S101
-                u = found.u
-                self.controls.assign(before + lr * u.to(before.dtype))
-                loss_after, reason = self._trial(x, y, float(loss))
-            if reason is None:
+        while True:
+            try:
+                tried = self._attempt(local, at, factor, before, checked, bool(rejections), random)
+            except BaseException:
+                self.controls.assign(before)
+                raise
+            if tried.reason is None:
                 break
-            self.controls.assign(before)
-            rejections.append(reason)
-        accepted = len(rejections) <= self.max_rejections
-        self._remember(before if accepted else None)
-        relaxed = max(base, damping / self.damping_increase**0.5)
-        group["current_damping"] = damping if rejections else relaxed
-        self.last_step = _report(
-            local.solution, found, float(loss), loss_after if accepted else float("nan"), accepted,
-            damping, tuple(rejections), rolled_back,
-        )  # fmt: skip
-        return loss
+            self.controls.try_out(before)
+            rejections.append(tried.reason)
+            logger.info("step rejected at damping %.1e: %s", self._damping(factor), tried.reason)
+            if len(rejections) > self.max_rejections:
+                break
+            factor = min(factor * self.damping_increase, _MOST)
+        accepted = tried.reason is None
+        if accepted:
+            self.controls.assign(self.controls.vector)  # now for good
+        ratio = _ratio(float(local.loss), tried) if accepted else None
+        self.last_step = self._report(
+            local, tried, accepted, ratio, self._damping(factor), tuple(rejections), rolled_back
+        )
+        self._remember("previous", before if accepted else None)
+        first["damping_factor"] = self._next_factor(factor, bool(rejections), ratio)
+        first["step"] += 1
+        self._count("rejected", len(rejections))
+        self._count("given up", int(not accepted))
+        if not accepted:
+            logger.info("step given up: %s", rejections[-1])
+        return local.loss
 
-    def _linearize(self, x: Tensor, y: Tensor) -> tuple[AnyLinearization, bool]:
-        """Linearise at the current parameters, or at the previous ones if these lost z*."""
-        check_input(x, self.controls)
+    def _batch(self, x: Any, y: Any) -> Batch:
+        held = self._pending
+        self._pending = [] if x is None else list(held)
+        if x is not None:
+            self.accumulate(x, y)
+            held, self._pending = self._pending, []
+        if not held:
+            raise ValueError("step needs a batch (x, y), or batches accumulated before.")
+        return Batch(self.model, self.controls, self.loss, held)
+
+    def _keep_up_with_freezing(self) -> None:
+        """Leave out parameters frozen since the last step, and take in those freed again."""
+        now = [p for p in self.model.parameters() if p.requires_grad]
+        if [id(p) for p in now] == [id(p) for p in self.controls.parameters]:
+            return
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        if any(id(p) not in known for p in now):
+            raise ValueError(
+                "model has a trainable parameter that the optimizer was not given; call "
+                "add_param_group."
+            )
+        self.controls = Controls(self.model)
+
+    def _linearize(self, at: Batch) -> tuple[Local, bool]:
+        """Linearise at the current parameters, or, if they are bad, at those before the last step.
+
+        Bad are parameters without a fixed point, and those of an unchecked step after which the
+        loss is twice that of the same batch before it.
+
+        Returns:
+            The linearisation, and whether the parameters before the last step are back.
+
+        Raises:
+            ConvergenceError: If there is no fixed point here nor there.
+        """
+        current, previous = self.controls.vector, self._recall("previous")
         try:
-            return self._linearize_here(x, y), False
+            local: Local | None = self._linearize_here(at)
         except ConvergenceError:
-            current, previous = self.controls.vector, self._previous
             if previous is None:
                 raise
-            self.controls.assign(previous)
-            try:
-                return self._linearize_here(x, y), True
-            except BaseException:
-                self.controls.assign(current)
-                raise
-
-    def _linearize_here(self, x: Tensor, y: Tensor) -> AnyLinearization:
-        if self.route == "output":
-            assert isinstance(self.divergence, OutputDivergence)  # noqa: S101  checked above
-            return linearize_outputs(self.model, x, y, self.loss, self.divergence)
-        return linearize_samples(self.model, x, y, self.loss, self.divergence)
-
-    def _solve(self, local: AnyLinearization, damping: float) -> _Found:
-        """Return u (m,) for a damping, or why there is none."""
-        if isinstance(local, OutputLinearization):
-            u, gap = local.to(self.linalg_dtype).step(damping)
-            return self._judged(_Found(u, gap))
-        exact = self.minibatch == "exact"
-        lqr = local.exact() if exact else local.per_sample()
-        lqr = lqr.to(self.linalg_dtype).damped(damping)
-        dare = factored_dare(lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, solver=_AS_IT_IS)
-        failure = describe_failures(dare.result, DareResult, "DARE")
-        if failure is not None:
-            return _Found(None, float("nan"), dare, failure)
+            local = None
+        if previous is None or not (local is None or self._worse(at, local, current, previous)):
+            assert local is not None  # noqa: S101
+            return local, False
+        self.controls.assign(previous)
         try:
-            state = steady_state(lqr, dare)
-        except ConvergenceError as error:
-            return _Found(None, float("nan"), dare, str(error))
-        slope = (lqr.a * state.x).sum(-1) + (lqr.b * state.u).sum(-1)
-        gap = float(state.residual.max())
-        if bool((slope > 0).any()):  # a stabilising P of an indefinite problem: a saddle
-            return _Found(None, gap, dare, "the step does not descend")
-        return self._judged(_Found(state.u if exact else state.u.mean(0), gap, dare))
+            local = self._linearize_here(at)
+        except BaseException:
+            self.controls.assign(current)
+            raise
+        self._remember("velocity", None)
+        self._count("rolled back", 1)
+        logger.info("the last step is undone: it lost the fixed point, or raised the loss")
+        return local, True
 
-    def _judged(self, found: _Found) -> _Found:
-        if found.residual <= self.step_tolerance:
-            return found
-        return found._replace(reason=f"the step's equations hold only to {found.residual:.1e}")
+    def _worse(self, at: Batch, local: Local, current: Tensor, previous: Tensor) -> bool:
+        last = self.last_step
+        unchecked = last is not None and last.accepted and last.loss_after != last.loss_after
+        if last is None or not unchecked:
+            return False
+        now = float(local.loss)
+        if now <= _SUSPICIOUS * max(last.loss, 1e-6):
+            return False
+        self.controls.try_out(previous)
+        try:
+            return not now <= _SUSPICIOUS * at.loss_now()
+        except ConvergenceError:
+            return False
+        finally:
+            self.controls.try_out(current)
+
+    def _linearize_here(self, at: Batch) -> Local:
+        if isinstance(self.route, (Output, Sampled)):
+            modes = tuple(module.training for module in self.model.modules())
+            if modes != self._independent:
+                require_independent(at)
+                self._independent = modes
+        self._random = torch.get_rng_state()
+        first = self.param_groups[0]
+        layers = self.state[self.controls.parameters[0]].setdefault("layers", {})
+        memory = Memory(first["step"], self._recall("direction"), layers)
+        return self.route.local(at, self.divergence, self.linalg_dtype, memory)
+
+    def _attempt(
+        self,
+        local: Local,
+        at: Batch,
+        factor: float,
+        before: Tensor,
+        checked: bool,
+        again: bool,
+        random: Tensor,
+    ) -> _Attempt:
+        """Solve for u, move the parameters along it, and say whether they may stay there."""
+        direction = local.solve(self._each("damping", factor))
+        reason = direction.reason
+        if reason is None and not direction.residual <= self.step_tolerance:
+            reason = f"the step's equations hold only to {direction.residual:.1e}"
+        if reason is not None or direction.u is None:
+            return _Attempt(direction, reason)
+        u = direction.u.to(before.dtype)
+        velocity = None if again else self._recall("velocity")  # a rejected step has no momentum
+        momentum = self._entries("momentum", u)
+        if velocity is not None:
+            u = momentum * velocity + u
+        d = self._entries("lr", u) * (u - self._entries("weight_decay", u) * before)  # (O2)
+        d, shortened, promised = self._within_reach(local, direction, d, u)
+        if self.acceleration and isinstance(local, OutputSpace):
+            d = d + self._acceleration(local, at, d, factor, before, random)
+        self.controls.try_out(before + d)
+        tried = _Attempt(direction, None, shortened, promised)
+        if not bool(d.isfinite().all()):
+            tried.reason = "the step is not finite"
+        elif checked:
+            tried.loss_after, tried.reason = self._checked(at, local, random)
+        if tried.reason is None:
+            self._remember("velocity", u if bool((momentum > 0).any()) else None)
+            if isinstance(self.route, Krylov):
+                self._remember("direction", direction.u)
+        return tried
+
+    def _acceleration(
+        self,
+        local: OutputSpace,
+        at: Batch,
+        d: Tensor,
+        factor: float,
+        before: Tensor,
+        random: Tensor,
+    ) -> Tensor:
+        """Return what (W4) adds to d; nothing where it is no small correction."""
+        self.controls.try_out(before + _PROBE * d)
+        try:
+            with _random_numbers_of(random):
+                after = torch.cat([y for y, _ in at.outputs_now(local.solutions)])
+        except ConvergenceError:
+            return torch.zeros_like(d)
+        wide = d.to(self.linalg_dtype)
+        a = local.correction(wide, after, _PROBE, self._each("damping", factor)).to(d.dtype)
+        size = torch.linalg.vector_norm
+        if not bool(size(a) <= _LARGEST_CORRECTION * size(d)):
+            return torch.zeros_like(d)
+        return a
+
+    def _within_reach(
+        self, local: Local, direction: Direction, d: Tensor, u: Tensor
+    ) -> tuple[Tensor, float, float | None]:
+        """Shorten d to the trust region.
+
+        Returns:
+            d, the factor on it, and the decrease of the loss that (O3) promises, where it is asked
+            for.
+        """
+        if self.trust_region is None and not self.adaptive:
+            return d, 1.0, None
+        rates = {group["lr"] for group in self.param_groups}
+        plain = u is direction.u and len(rates) == 1 and not any(
+            group["weight_decay"] for group in self.param_groups
+        )  # fmt: skip
+        if plain:
+            lr = rates.pop()
+            slope, bend = lr * direction.slope, lr**2 * direction.curvature
+        else:
+            wide = d.to(self.linalg_dtype)
+            slope, bend = float(local.gradient @ wide), local.metric(wide)
+        reach = 1.0
+        if self.trust_region is not None and bend > 2 * self.trust_region:
+            reach = (2 * self.trust_region / bend) ** 0.5
+        return d * reach, reach, -(reach * slope + reach**2 * bend / 2)  # (O3)
 
     @torch.no_grad()
-    def _trial(self, x: Tensor, y: Tensor, loss: float) -> tuple[float, str | None]:
+    def _checked(self, at: Batch, local: Local, random: Tensor) -> tuple[float, str | None]:
         """Return the loss at the trial parameters, and why they are rejected (or `None`)."""
-        if not bool(self.controls.vector.isfinite().all()):
-            return float("nan"), "the step is not finite"
         try:
-            outputs = self.model(x)
+            with _random_numbers_of(random):
+                # From the layers' own start: near the last z* a solve may succeed that will not
+                # succeed again.
+                after = at.loss_now()
         except ConvergenceError as error:
             return float("nan"), str(error)
-        assert self.layer.solution is not None  # noqa: S101
-        lost = describe_failures(self.layer.solution.result, FixedPointResult, "fixed point")
-        if lost is not None:
-            return float("nan"), lost
-        after = float(self.loss(outputs, y))
+        loss = float(local.loss)
         if not after <= loss + self.max_increase * max(abs(loss), 1e-6):
             return after, f"the loss of the batch rose from {loss:.3e} to {after:.3e}"
         return after, None
 
+    def _next_factor(self, factor: float, rejected: bool, ratio: float | None) -> float:
+        """Return the factor on the damping that the next step starts from."""
+        if rejected:
+            return factor
+        if not self.adaptive:
+            return max(1.0, factor / self.damping_increase**0.5)
+        if ratio is None:
+            return factor
+        # The acceleration makes good what a low ratio warns of: only a rise of the loss counts.
+        low, high = (0.0, 0.25) if self.acceleration else (0.25, 0.75)
+        if ratio > high:
+            factor /= _ADAPTATION
+        elif ratio < low:
+            factor *= _ADAPTATION
+        return min(max(factor, _LEAST), _MOST)
 
-def _report(
-    solution: FixedPointSolution,
-    found: _Found,
-    loss: float,
-    loss_after: float,
-    accepted: bool,
-    damping: float,
-    rejections: tuple[str, ...],
-    rolled_back: bool,
-) -> StepReport:
-    dare = found.dare
-    return StepReport(
-        loss=loss,
-        accepted=accepted,
-        loss_after=loss_after,
-        damping=damping,
-        rejections=rejections,
-        rolled_back=rolled_back,
-        evaluations=float(solution.evaluations.double().mean()),
-        residual=float(solution.residual.max()),
-        step_residual=found.residual,
-        closed_loop_radius=None if dare is None else float(dare.closed_loop_radius.max()),
-        dare_residual=None if dare is None else float(dare.residual.max()),
-        dare_iterations=None if dare is None else int(dare.iterations.max()),
-    )
+    def _damping(self, factor: float) -> float:
+        return self.param_groups[0]["damping"] * factor
+
+    def _each(self, name: str, factor: float = 1.0) -> list[float]:
+        """Return an option of the groups for each parameter, in the order of the controls."""
+        strict = name == "damping"
+        of = {
+            id(p): at_least(name, group[name], 0.0, strict=strict) * factor
+            for group in self.param_groups
+            for p in group["params"]
+        }
+        return [of[id(p)] for p in self.controls.parameters]
+
+    def _entries(self, name: str, like: Tensor) -> Tensor:
+        """Return an option of the groups for each entry of u; a scalar where all agree."""
+        values = self._each(name)
+        if len(set(values)) == 1:
+            return like.new_tensor(values[0])
+        return expanded(values, self.controls.sizes, like)
+
+    def _recall(self, what: str) -> Tensor | None:
+        """Return a vector kept in `state`, so that it is saved, or `None`."""
+        parts = [self.state[p].get(what) for p in self.controls.parameters]
+        if any(part is None for part in parts):
+            return None
+        return torch.cat([part.reshape(-1) for part in parts if part is not None])
+
+    def _remember(self, what: str, u: Tensor | None) -> None:
+        named = {} if u is None else self.controls.unflatten(u)
+        for name, p in zip(self.controls.names, self.controls.parameters, strict=True):
+            if u is None:
+                self.state[p].pop(what, None)
+            else:
+                self.state[p][what] = named[name].clone()
+
+    def _count(self, event: str, times: int) -> None:
+        if times:
+            counts = self.param_groups[0]["counts"]
+            counts[event] = counts.get(event, 0) + times
+
+    def _report(
+        self,
+        local: Local,
+        tried: _Attempt,
+        accepted: bool,
+        ratio: float | None,
+        damping: float,
+        rejections: tuple[str, ...],
+        rolled_back: bool,
+    ) -> StepReport:
+        solutions, direction = local.solutions, tried.direction
+        evaluations = [s.evaluations.double().mean() for s in solutions]
+        return StepReport(
+            loss=float(local.loss),
+            accepted=accepted,
+            loss_after=tried.loss_after if accepted else float("nan"),
+            damping=damping,
+            rejections=rejections,
+            rolled_back=rolled_back,
+            evaluations=float(torch.stack(evaluations).mean()) if evaluations else 0.0,
+            residual=max((float(s.residual.max()) for s in solutions), default=0.0),
+            step_residual=direction.residual,
+            shortened=tried.shortened,
+            ratio=ratio,
+            closed_loop_radius=direction.closed_loop_radius,
+            dare_residual=direction.dare_residual,
+            dare_iterations=direction.dare_iterations,
+            iterations=direction.iterations,
+        )
+
+
+@contextmanager
+def _random_numbers_of(state: Tensor) -> Generator[None, None, None]:
+    """Draw the numbers (dropout) that were drawn from a state, and go on as if it had not been."""
+    now = torch.get_rng_state()
+    torch.set_rng_state(state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(now)
+
+
+def _ratio(loss: float, tried: _Attempt) -> float | None:
+    if tried.promised is None or tried.loss_after != tried.loss_after:
+        return None
+    return (loss - tried.loss_after) / tried.promised if tried.promised > 0 else 0.0
+
+
+def _below_one(name: str, value: float) -> float:
+    number = at_least(name, value, 0.0)
+    if number >= 1:
+        raise ValueError(f"{name} must be below 1, got {value}.")
+    return number

@@ -1,116 +1,175 @@
-"""The damped step in output space: exact, without A, B, P or any m x m matrix.
+"""The damped step in output space: without A, B, P or any m x m matrix.
 
-With J_s = dy_s/du the Jacobian of a sample's outputs at its equilibrium, and Lambda_s = C_s C_s'
-the divergence's metric,
+Through the fixed point the outputs y of a sample depend on all controls by J = dy/du. With C a root
+of the metric, C C' = Lambda, the curvature of (F3) is
 
-    (W1)  J_s = lam_s B_s + h_u,   lam_s = h_z (I - A_s)^-1     one adjoint solve per output
-    (W2)  W = stack_s C_s' J_s / sqrt(batch),   W'W = S'QS + ... of the static problem (F3)
-    (W3)  (W'W + delta I) u = -g   by   u = -(g - W' (delta I + W W')^-1 W g) / delta
+    (W2)  S'QS + S'M' + M S + R = W'W,     W = C'J / sqrt(batch), all samples stacked
 
-(W3) is the matrix inversion lemma: a system of batch x outputs unknowns in place of m.
+so that u of (F3), for damping D = delta I or one delta for each parameter, is
+
+    (W3)  u = -D^-1 (g - W' v),    (I + W D^-1 W') v = W D^-1 g
+
+a system of batch x rank(Lambda) unknowns in place of m. With one random c per sample in place of C,
+E[c c'] = Lambda, the same formula has batch unknowns and an unbiased estimate of (W2).
+
+Along u the outputs bend by y'' = d2 y(theta + h u) / dh2, which a trial evaluation shows. The
+geodesic acceleration takes that back, to second order and as far as the damping lets it:
+
+    (W4)  a = -(W'W + D)^-1 W' (C' y'' / sqrt(batch)) / 2,    theta <- theta + u + a
 
 Source: Y. Ren, D. Goldfarb (2019), Efficient subsampled Gauss-Newton and natural gradient methods
-for training neural networks, arXiv:1906.02353, for (W3).
+for training neural networks, arXiv:1906.02353, for (W3); J. Martens (2020), New insights and
+perspectives on the natural gradient method, JMLR 21(146), for the estimate; M. Transtrum,
+J. Sethna (2012), Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares
+minimization, arXiv:1201.5885, for (W4).
 """
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from deqlqr._linalg import identity_like
-from deqlqr.adjoint import Implicit
+from deqlqr.batch import Batch, Chunk
+from deqlqr.direction import Direction, expanded, promised
 from deqlqr.divergence import OutputDivergence
-from deqlqr.equilibrium import pullback
-from deqlqr.linearize import per_sample, prepare
-from deqlqr.loss import Loss
+from deqlqr.rows import Rows
 from deqlqr.solver import FixedPointSolution
 
+Draw = Callable[[Tensor], Tensor]
 
-@dataclass(frozen=True)
-class OutputLinearization:
-    """A model's outputs linearised in its controls, through the fixed point.
+_ROUNDS = 3  # of refinement
+_ENOUGH = 100  # times the rounding unit: no refinement below
+
+
+class OutputSpace:
+    """A model's gradient and its rows W of (W2) on one batch.
 
     Attributes:
-        J: Jacobian of each sample's outputs, `(batch, k, m)`.
-        metric: Lambda `(batch, k, k)`.
-        cotangent: Gradient of each sample's loss with respect to its outputs, `(batch, k)`.
         loss: The mean loss.
-        solution: Fixed point and certificate of every sample.
+        gradient: Its gradient `(m,)`.
+        rows: W.
+        outputs: y, `(batch, k)`.
+        root: C / sqrt(batch), `(batch, k, r)`.
+        solutions: The forward solves of the model's DEQ layers.
     """
 
-    J: Tensor
-    metric: Tensor
-    cotangent: Tensor
-    loss: Tensor
-    solution: FixedPointSolution
+    def __init__(
+        self,
+        loss: Tensor,
+        gradient: Tensor,
+        rows: Rows,
+        outputs: Tensor,
+        root: Tensor,
+        solutions: Sequence[FixedPointSolution],
+    ) -> None:
+        self.loss, self.gradient, self.rows, self.solutions = loss, gradient, rows, solutions
+        self.outputs, self.root = outputs, root
+        self._grams: dict[tuple[int, ...], Tensor] = {}
 
-    @property
-    def gradient(self) -> Tensor:
-        """Gradient of the mean loss, `(m,)`."""
-        return torch.einsum("bk,bkm->m", self.cotangent, self.J) / len(self.J)
+    def solve(self, shifts: Sequence[float]) -> Direction:
+        """Return u of (W3) for the damping of each parameter."""
+        return self._solve(self.gradient, shifts)
 
-    def to(self, dtype: torch.dtype) -> "OutputLinearization":
-        """Return the linearisation in another dtype."""
-        J, metric, cotangent = (X.to(dtype) for X in (self.J, self.metric, self.cotangent))
-        return OutputLinearization(J, metric, cotangent, self.loss, self.solution)
+    def correction(self, u: Tensor, after: Tensor, h: float, shifts: Sequence[float]) -> Tensor:
+        """Return the geodesic acceleration of u (W4).
 
-    def step(self, damping: float) -> tuple[Tensor, float]:
-        """Return u (m,) of (W3) and the relative residual of its equation."""
-        values, vectors = torch.linalg.eigh(self.metric)
-        C = vectors * values.clamp(min=0.0).sqrt()[..., None, :]
-        W = (C.mT @ self.J).flatten(0, 1) / len(self.J) ** 0.5  # (W2)
-        g = self.gradient
-        gram = W @ W.mT
-        L, info = torch.linalg.cholesky_ex(gram + damping * identity_like(gram))
-        u = -(g - W.mT @ torch.cholesky_solve((W @ g)[:, None], L)[:, 0]) / damping  # (W3)
-        defect = W.mT @ (W @ u) + damping * u + g
-        size = torch.linalg.vector_norm(g).clamp(min=torch.finfo(g.dtype).tiny)
-        residual = torch.where(info == 0, torch.linalg.vector_norm(defect) / size, float("nan"))
-        return u, float(residual)
+        Args:
+            u: The direction `(m,)`.
+            after: The outputs at theta + h u.
+            h: Length of that trial.
+            shifts: The damping of each parameter.
+        """
+        change = ((after - self.outputs)[:, None] @ self.root)[:, 0] / h
+        bend = 2 / h * (change.to(u.dtype) - self.rows.times(u))
+        a = self._solve(self.rows.transpose_times(bend), shifts).u
+        return torch.zeros_like(u) if a is None else a / 2  # (W4)
+
+    def _solve(self, g: Tensor, shifts: Sequence[float]) -> Direction:
+        W = self.rows
+        shift = expanded(shifts, W.sizes, g)
+        few_controls = len(g) < W.count[0] * W.count[1]
+        L, info = self._normal(shift) if few_controls else self._gram(shifts)
+        if bool(info):
+            return Direction(None, float("nan"), reason="the metric is not finite")
+        best: Direction | None = None
+        u, right = torch.zeros_like(g), -g
+        for _ in range(_ROUNDS):
+            if few_controls:
+                u = u + torch.cholesky_solve(right[:, None], L)[:, 0]
+            else:
+                scaled = right / shift
+                v = torch.cholesky_solve(W.times(scaled).view(-1, 1), L).view(W.count)
+                u = u + scaled - W.transpose_times(v) / shift  # (W3)
+            product = W.transpose_times(W.times(u))
+            found = promised(u, g, product, shift)
+            if best is not None and not found.residual < best.residual:
+                break
+            best = found
+            if found.residual < _ENOUGH * torch.finfo(g.dtype).eps:
+                break
+            right = -(g + product + shift * u)
+        assert best is not None  # noqa: S101
+        return best
+
+    def metric(self, d: Tensor) -> float:
+        """Return d'C d."""
+        return float(self.rows.times(d.to(self.gradient.dtype)).square().sum())
+
+    def _gram(self, shifts: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Return the Cholesky factor of I + W D^-1 W'."""
+        places = defaultdict(list)
+        for i, shift in enumerate(shifts):
+            places[shift].append(i)
+        total = None
+        for shift, group in places.items():
+            key = tuple(group)
+            if key not in self._grams:
+                self._grams[key] = self.rows.gram(group)
+            part = self._grams[key] / shift
+            total = part if total is None else total.add_(part)
+        assert total is not None  # noqa: S101
+        total.diagonal().add_(1.0)
+        return torch.linalg.cholesky_ex(total)
+
+    def _normal(self, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the Cholesky factor of W'W + D, for fewer controls than rows."""
+        W = self.rows.dense().flatten(0, 1)
+        return torch.linalg.cholesky_ex(W.mT @ W + torch.diag(shift))
 
 
 def linearize_outputs(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, divergence: OutputDivergence
-) -> OutputLinearization:
-    """Linearise the outputs of a model at its fixed point (W1).
+    at: Batch, divergence: OutputDivergence, dtype: torch.dtype, draw: Draw | None = None
+) -> OutputSpace:
+    """Linearise the outputs of a model at its fixed points.
 
-    The adjoint equations of all outputs of a sample are solved together.
+    Args:
+        at: The batch.
+        divergence: Gives the metric.
+        dtype: Of the linear algebra.
+        draw: Gives the random cotangents (batch, k, r) of outputs (batch, k); none for the
+            metric's root C.
 
     Returns:
-        An `OutputLinearization`.
+        An `OutputSpace`.
 
     Raises:
         ValueError: If data and model do not fit together, or the samples are not independent.
         ConvergenceError: If a sample has no fixed point, or an adjoint solve fails.
     """
-    at = prepare(model, x, y, loss)
-    values = lambda z: per_sample(lambda z, x: at.local(at.u, z, x), z, x)
-    (fz, outputs), pull = pullback(values, at.z)
-    at.require_independent(fz.detach(), outputs.detach())
-    k = outputs.shape[1]
-    unit = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
-    nothing_f, nothing_y = torch.zeros_like(fz), torch.zeros_like(outputs)
-    with torch.no_grad():
-        hz = torch.stack([pull((nothing_f, e.expand_as(outputs)))[0] for e in unit], dim=1)
-        adjoint = at.layer.backward if isinstance(at.layer.backward, Implicit) else Implicit()
-        resolvent = adjoint.resolvent(
-            lambda lam: pull((lam, nothing_y))[0], at.z.shape[1], at.layer.solver.tolerance(x.dtype)
-        )
-        lam = resolvent.solve(hz).raise_if_failed("adjoint of the outputs").value
+    chunks: list[Rows] = []
+    roots: list[Tensor] = []
+    outputs: list[Tensor] = []
 
-        def rows(z: Tensor, x: Tensor, lam: Tensor) -> Tensor:
-            _, pull_u = pullback(lambda u: at.local(u, z, x), at.u)
-            return torch.vmap(lambda l, e: pull_u((l, e))[0])(lam, unit)
+    def take(chunk: Chunk) -> None:
+        y = chunk.at.outputs
+        C = (divergence.root(y) if draw is None else draw(y)) / at.count**0.5
+        chunks.append(Rows.of(chunk.at, C.unbind(-1)).to(dtype))  # (W2)
+        roots.append(C)
+        outputs.append(y)
 
-        J = per_sample(rows, at.z, x, lam)  # (W1)
-    outputs = outputs.detach().requires_grad_()
-    cost = loss(outputs, y)
-    (cotangent,) = torch.autograd.grad(cost, outputs)
-    return OutputLinearization(
-        J.detach(),
-        divergence.metric(outputs.detach()),
-        cotangent * len(x),
-        cost.detach(),
-        at.solution,
-    )
+    loss, gradient, solutions = at.visit(take)
+    return OutputSpace(
+        loss, gradient.to(dtype), Rows.joined(chunks), torch.cat(outputs), torch.cat(roots),
+        solutions,
+    )  # fmt: skip

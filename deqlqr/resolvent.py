@@ -29,6 +29,7 @@ from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failure
 Product = Callable[[Tensor], Tensor]
 
 _PAIRS = 60  # kept; then the oldest give way
+_WORTH = 0.95  # pairs at hand stay if they lower a residual to this share
 _REFINEMENTS = 3  # times the residual is formed anew
 _FURTHER = 8  # products after a failure, to see how the error goes on
 
@@ -90,8 +91,7 @@ class Resolvent:
         self.product, self.tol, self.max_steps, self.dense = product, tol, max_steps, dense
         self.products = 0
         self._factor: tuple[LUFactor, Tensor] | None = None  # of I - L, and ||(I - L)^-1||
-        self._p: list[Tensor] = []
-        self._q: list[Tensor] = []
+        self._pairs = _Pairs()
 
     def solve(self, right: Tensor, start: Tensor | None = None) -> LinearSolution:
         """Solve for c = `right` (batch, n) or (batch, k, n), from `start` of the same shape."""
@@ -158,9 +158,14 @@ class Resolvent:
 
     def _reduced(self, x: Tensor, r: Tensor, goal: Tensor, spent: int) -> tuple[Tensor, Tensor]:
         """Lower the residual r of x: first by the pairs at hand, then by new ones."""
-        for p, q in zip(self._p, self._q, strict=True):
-            step = (q * r).sum(-1, keepdim=True)
-            x, r = x + step * p, r - step * q
+        if self._pairs.count:
+            x_next, r_next = self._pairs.reduce(x, r)
+            size, before = (torch.linalg.vector_norm(v, dim=-1) for v in (r_next, r))
+            # Pairs that do not help cost more than they save, now and later.
+            if (size > _WORTH * before).all():
+                self._pairs.clear()
+            else:
+                x, r = x_next, r_next
         moved = True
         while moved and self.products - spent < self.max_steps:
             running = torch.linalg.vector_norm(r, dim=-1) > goal
@@ -171,36 +176,23 @@ class Resolvent:
 
     def _enlarge(self, x: Tensor, r: Tensor, running: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Take one step of (G1) in the samples `running`."""
-        p = r
+        p, size_r = r, torch.linalg.vector_norm(r, dim=-1)
         for _ in range(2):
             q = p - self._times(p)
-            before = torch.linalg.vector_norm(q, dim=-1)
-            if self._q:
-                P, Q = torch.stack(self._p, 1), torch.stack(self._q, 1)
-                for _again in range(2):  # once is not enough to keep the q orthogonal
-                    share = torch.bmm(q[:, None], Q.mT)
-                    q, p = q - torch.bmm(share, Q)[:, 0], p - torch.bmm(share, P)[:, 0]
-            size = torch.linalg.vector_norm(q, dim=-1)
+            p, q, size, before = self._pairs.orthogonalise(p, q)
             usable = running & (size > 1e2 * torch.finfo(q.dtype).eps * before)
             inverse = torch.where(usable, 1 / size, 0.0)[:, None]
             q, p = q * inverse, p * inverse
-            step = (q * r).sum(-1, keepdim=True)
-            self._keep(p, q)
-            x, r_next = x + step * p, r - step * q
-            falls = torch.linalg.vector_norm(r_next, dim=-1) < 0.999 * torch.linalg.vector_norm(
-                r, dim=-1
-            )
-            r = r_next
+            step = torch.linalg.vecdot(q, r)[:, None]
+            self._pairs.add(p, q)
+            x, r_next = torch.addcmul(x, step, p), torch.addcmul(r, step, q, value=-1)
+            size_next = torch.linalg.vector_norm(r_next, dim=-1)
+            falls = size_next < 0.999 * size_r
+            r, size_r = r_next, size_next
             if falls.any() or not usable.any():
                 break
             p = q  # r is orthogonal to (I - L) r: go on from the last direction instead
         return x, r, bool(usable.any())
-
-    def _keep(self, p: Tensor, q: Tensor) -> None:
-        self._p.append(p)
-        self._q.append(q)
-        if len(self._p) > _PAIRS:
-            del self._p[0], self._q[0]
 
     def _solve_together(self, right: Tensor, x: Tensor, spent: int) -> LinearSolution:
         """Solve for the whole batch as one sample, for its samples depend on each other."""
@@ -221,10 +213,11 @@ class Resolvent:
 
     def _inverse_norm(self, right: Tensor) -> Tensor:
         """Return ||(I - L)^-1|| on the span of the q, which the p span as its image."""
-        if not self._p:
+        if not self._pairs.count:
             return torch.ones_like(right[:, 0])
-        P = torch.stack(self._p, 1).nan_to_num(0.0, 0.0, 0.0)
-        return torch.linalg.eigvalsh(P @ P.mT).amax(-1).clamp(min=1.0).sqrt()
+        P = self._pairs.p
+        gram = (P @ P.mT).nan_to_num(0.0, 0.0, 0.0)
+        return torch.linalg.eigvalsh(gram).amax(-1).clamp(min=1.0).sqrt()
 
     def _further(self, r: Tensor) -> Tensor:
         """Return about ||(I - L)^-1 r||: some terms of the series, and the tail by their ratio."""
@@ -253,3 +246,57 @@ class Resolvent:
         finite = residual.isfinite() & x.flatten(1).isfinite().all(-1)
         result = result.masked_fill(~finite, int(FixedPointResult.NON_FINITE))
         return LinearSolution(x, result, torch.full_like(result, products), residual, error)
+
+
+class _Pairs:
+    """The pairs (p, q) of (G1), q = p - L p orthonormal, in one block of memory each."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget them."""
+        self.count = 0
+        self._p = self._q = torch.empty(0)
+
+    @property
+    def p(self) -> Tensor:
+        """All p, `(batch, count, n)`."""
+        return self._p[:, : self.count]
+
+    @property
+    def q(self) -> Tensor:
+        """All q, `(batch, count, n)`."""
+        return self._q[:, : self.count]
+
+    def add(self, p: Tensor, q: Tensor) -> None:
+        """Take in a pair, each (batch, n)."""
+        if self.count == _PAIRS:
+            self._p, self._q = self._p.roll(-1, 1), self._q.roll(-1, 1)
+            self.count -= 1
+        elif self.count == 0 or self.count == self._p.shape[1]:
+            room = p.new_empty(len(p), min(_PAIRS, max(6, 2 * self.count)), p.shape[1])
+            wide_p, wide_q = room, torch.empty_like(room)
+            if self.count:
+                wide_p[:, : self.count], wide_q[:, : self.count] = self._p, self._q
+            self._p, self._q = wide_p, wide_q
+        self._p[:, self.count], self._q[:, self.count] = p, q
+        self.count += 1
+
+    def orthogonalise(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the pair with q made orthogonal to all q, ||q||, and what it was before."""
+        before = size = torch.linalg.vector_norm(q, dim=-1)
+        for _ in range(2 if self.count else 0):
+            share = torch.bmm(self.q, q[..., None]).mT
+            q = torch.baddbmm(q[:, None], share, self.q, alpha=-1)[:, 0]
+            p = torch.baddbmm(p[:, None], share, self.p, alpha=-1)[:, 0]
+            last, size = size, torch.linalg.vector_norm(q, dim=-1)
+            if (size > 0.5 * last).all():  # little was taken away, so little is left
+                break
+        return p, q, size, before
+
+    def reduce(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x moved in the span of the p so that its residual r is orthogonal to all q."""
+        share = torch.bmm(self.q, r[..., None]).mT
+        x = torch.baddbmm(x[:, None], share, self.p)[:, 0]
+        return x, torch.baddbmm(r[:, None], share, self.q, alpha=-1)[:, 0]

@@ -27,7 +27,8 @@ from deqlqr.figures import plot_curves
 from deqlqr.linearize import Minibatch
 from deqlqr.metrics import MetricsFile, read_metrics
 from deqlqr.models import MODELS, check_seed, make_model
-from deqlqr.optim import ImplicitNGD, Route
+from deqlqr.optim import ImplicitNGD
+from deqlqr.routes import ROUTES, Dare
 from deqlqr.solution import ConvergenceError
 
 OPTIMIZERS = ("ingd", "gd", "sgd", "adam")
@@ -87,7 +88,7 @@ class TrainConfig:
             ("model", MODELS),
             ("optimizer", OPTIMIZERS),
             ("minibatch", get_args(Minibatch)),
-            ("route", get_args(Route)),
+            ("route", ROUTES),
             ("schedule", SCHEDULES),
         ):
             choice(name, getattr(self, name), allowed)
@@ -150,8 +151,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> tuple[_Stepper, tor
             model,
             lr=config.lr,
             damping=config.damping,
-            minibatch=config.minibatch,  # type: ignore[arg-type]
-            route=config.route,  # type: ignore[arg-type]
+            route=Dare(config.minibatch) if config.route == "dare" else config.route,  # type: ignore[arg-type]
         )
         return ingd, ingd
     parameters = [p for p in model.parameters() if p.requires_grad]

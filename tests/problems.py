@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from deqlqr import DEQ, LQR, ConvBlock, DenseBlock
+from deqlqr import DEQ, LQR, Anderson, ConvBlock, DenseBlock
 
 TOL = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.float64: {"rtol": 1e-9, "atol": 1e-9}}
 DTYPES = (torch.float32, torch.float64)
@@ -78,6 +78,15 @@ def dense_batch(samples: int = 5, seed: int = 0, width: int = 6) -> tuple[Tensor
 
 def conv_batch(samples: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
     return randn(samples, 1, 6, 6, seed=seed).float(), torch.arange(samples) % 3
+
+
+def exact(model: nn.Module) -> nn.Module:
+    """The model in float64, with fixed points to the last digits."""
+    model = model.double()
+    for module in model.modules():
+        if isinstance(module, DEQ):
+            module.solver = Anderson(tol=1e-13, max_steps=1000)
+    return model
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -68,7 +68,7 @@ def test_least_squares_step_is_the_damped_gauss_newton_step():
     J = torch.autograd.functional.jacobian(lambda u: unrolled_outputs(model, u, x), u)
     normal = torch.einsum("bkm,bkn->mn", J, J) / len(x)
     gradient = torch.einsum("bk,bkm->m", 2 * (model(x).detach() - y) / y.numel(), J)
-    expected = -torch.linalg.solve(normal + D * torch.eye(len(u)).double(), gradient)
+    expected = -torch.linalg.solve(2 / 3 * normal + D * torch.eye(len(u)).double(), gradient)
     ours = static_step(linearize(model, x, y, loss="mse", damping=D))
     assert relative(ours, expected) < 1e-8
 

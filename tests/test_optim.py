@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import deqlqr.optim
+import deqlqr.riccati_route
 from deqlqr import (
     DEQ,
     Controls,
     ConvergenceError,
+    Dare,
     DareResult,
     DenseBlock,
     ImplicitNGD,
@@ -54,7 +55,7 @@ def test_euclidean_step_is_gradient_descent_with_step_lr_over_one_plus_damping()
 
 
 def test_per_sample_step_is_the_mean_of_the_samples_own_steps(monkeypatch):
-    model, opt, x, y = fresh(minibatch="per-sample", linalg_dtype=torch.float64)
+    model, opt, x, y = fresh(route=Dare("per-sample"), linalg_dtype=torch.float64)
     single = linearize(model, x, y, minibatch="per-sample", damping=0.1).to(torch.float64)
     before = Controls(model).vector
     opt.step(x, y)
@@ -65,9 +66,9 @@ def test_per_sample_step_is_the_mean_of_the_samples_own_steps(monkeypatch):
 @pytest.mark.parametrize("minibatch", ["exact", "per-sample"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_training_lowers_the_loss(minibatch, dtype):
-    model, opt, x, y = fresh(minibatch=minibatch)
+    model, opt, x, y = fresh()
     model.to(dtype)
-    opt = ImplicitNGD(model, lr=0.5, damping=0.1, minibatch=minibatch)
+    opt = ImplicitNGD(model, lr=0.5, damping=0.1, route=Dare(minibatch))
     losses = [float(opt.step(x.to(dtype), y)) for _ in range(15)]
     assert losses[-1] < 0.6 * losses[0]
 
@@ -133,8 +134,8 @@ def test_a_step_that_loses_the_fixed_point_is_rejected_and_damped():
 
 def test_giving_up_leaves_the_parameters_bit_for_bit(monkeypatch):
     model, opt, x, y = fresh(max_rejections=2)
-    failing = lambda self, x, y, loss: (float("nan"), "no fixed point")
-    monkeypatch.setattr(ImplicitNGD, "_trial", failing)
+    failing = lambda self, at, local, random: (float("nan"), "no fixed point")
+    monkeypatch.setattr(ImplicitNGD, "_checked", failing)
     before = Controls(model).vector
     opt.step(x, y)
     assert torch.equal(Controls(model).vector, before)
@@ -145,7 +146,7 @@ def test_giving_up_leaves_the_parameters_bit_for_bit(monkeypatch):
 
 def test_failed_linear_algebra_is_rejected_and_damped(monkeypatch):
     model, opt, x, y = fresh()
-    solve = deqlqr.optim.factored_dare
+    solve = deqlqr.riccati_route.factored_dare
     calls = []
 
     def first_fails(*args, **options):
@@ -155,7 +156,7 @@ def test_failed_linear_algebra_is_rejected_and_damped(monkeypatch):
             object.__setattr__(dare, "result", torch.tensor(int(DareResult.NONE)))
         return dare
 
-    monkeypatch.setattr(deqlqr.optim, "factored_dare", first_fails)
+    monkeypatch.setattr(deqlqr.riccati_route, "factored_dare", first_fails)
     opt.step(x, y)
     assert opt.last_step.accepted and opt.last_step.damping == pytest.approx(1.0)
     assert "NONE" in opt.last_step.rejections[0]
@@ -177,7 +178,7 @@ def test_a_batch_without_fixed_point_undoes_the_previous_step_or_raises():
     x, y = randn(3, 3).float(), torch.arange(3)
     opt = ImplicitNGD(model, lr=0.1, damping=1.0)
     opt.step(x, y)
-    good = opt._previous.clone()
+    good = opt._recall("previous").clone()
     with torch.no_grad():
         model[0].block.rate.fill_(1.5)
     opt.step(x, y)
@@ -194,11 +195,11 @@ def test_a_batch_without_fixed_point_undoes_the_previous_step_or_raises():
 def test_state_dict_resumes_bit_for_bit():
     model, opt, x, y = fresh()
     opt.step(x, y)
-    opt.param_groups[0]["current_damping"] = 0.7
+    opt.param_groups[0]["damping_factor"] = 7.0
     other = copy.deepcopy(model)
     twin = ImplicitNGD(other, lr=0.1, damping=5.0)
     twin.load_state_dict(copy.deepcopy(opt.state_dict()))
-    assert twin.current_damping == 0.7
+    assert twin.current_damping == pytest.approx(0.7)
     for _ in range(3):
         assert torch.equal(opt.step(x, y), twin.step(x, y))
     assert torch.equal(Controls(model).vector, Controls(other).vector)
@@ -219,14 +220,19 @@ def test_learning_rate_schedulers_apply():
         ({"lr": float("nan")}, "lr must be finite"),
         ({"damping": 0.0}, "damping must be finite and above 0"),
         ({"route": "krylof"}, "route must be one of"),
-        ({"minibatch": "mean"}, "minibatch must be one of"),
+        ({"route": Dare}, "route must be a name or an object"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"trust_region": 0.0}, "trust_region must be finite and above 0"),
+        ({"acceleration": True}, "acceleration needs route"),
+        ({"param_groups": [{"params": [nn.Parameter(torch.ones(1))]}]}, "parameters of the model"),
         ({"loss": "hinge"}, "loss must be"),
         ({"loss": F.mse_loss}, "divergence must be given"),
         ({"divergence": "fisher"}, "divergence must be one of"),
         ({"linalg_dtype": torch.float16}, "linalg_dtype must be"),
         ({"max_rejections": -1}, "max_rejections must be"),
         ({"damping_increase": 1.0}, "damping_increase must be"),
-        ({"momentum": 0.9}, "momentum"),
+        ({"momentum": 1.0}, "momentum must be below 1"),
+        ({"momentun": 0.9}, "momentun"),
     ],
 )
 def test_misuse_names_the_argument(options, message):
@@ -235,7 +241,7 @@ def test_misuse_names_the_argument(options, message):
 
 
 def test_a_model_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="exactly one DEQ layer"):
+    with pytest.raises(ValueError, match="exactly one DEQ layer, found 0"):
         ImplicitNGD(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="model must be an nn.Module"):
         ImplicitNGD(torch.tanh)

@@ -110,7 +110,7 @@ def interrupt() -> None:
     ("name", "value"),
     [
         *[(name, "no such") for name in ("data", "model", "optimizer", "minibatch", "schedule")],
-        ("route", "krylov"),
+        ("route", "krylof"),
         *[(n, v) for n in ("lr", "damping") for v in (0.0, -1.0, math.nan, math.inf, "x")],
         *[
             (n, v)

@@ -1,0 +1,270 @@
+"""The routes to one and the same damped step, each named for what it computes."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from deqlqr._checks import Options, at_least, choice, count
+from deqlqr.batch import Batch, Chunk
+from deqlqr.deq import DEQ
+from deqlqr.direction import Local, Steepest
+from deqlqr.divergence import Divergence, Euclidean, Newton, OutputDivergence
+from deqlqr.kronecker import Factors, KroneckerMetric
+from deqlqr.krylov import ConjugateGradients, KrylovSystem
+from deqlqr.linearize import Minibatch
+from deqlqr.output_space import linearize_outputs
+from deqlqr.riccati_route import linearize_riccati
+
+
+@dataclass
+class Memory:
+    """What a route keeps from step to step; the optimizer saves and restores it.
+
+    Attributes:
+        step: Steps taken before.
+        u: The last direction, or `None`.
+        layers: The Kronecker route's averages.
+    """
+
+    step: int = 0
+    u: Tensor | None = None
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Route(Protocol):
+    """A way to compute u."""
+
+    def refuses(self, model: nn.Module, divergence: Divergence) -> str | None:
+        """Return why this route cannot serve the model or the divergence, or `None`."""
+
+    def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
+        """Linearise the model on a batch."""
+
+
+@dataclass(frozen=True)
+class Dare(Options):
+    """The dense discrete algebraic Riccati equation: exact, for small problems.
+
+    Attributes:
+        minibatch: `"exact"`: one augmented LQR for the whole batch, dense in batch x state size.
+            `"per-sample"`: the mean of the samples' own steps, another direction; its DAREs are
+            of the state size.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+
+    minibatch: Minibatch = "exact"
+
+    def __post_init__(self) -> None:
+        choice("minibatch", self.minibatch, get_args(Minibatch))
+
+    def refuses(self, model: nn.Module, divergence: Divergence) -> str | None:
+        """Refuse a model without a layer, or with several: they are no one LQR."""
+        layers = sum(isinstance(module, DEQ) for module in model.modules())
+        if layers == 1:
+            return None
+        return (
+            f"needs a model with exactly one DEQ layer, found {layers}; the routes "
+            "'output', 'sampled', 'krylov' and 'kronecker' take any number"
+        )
+
+    def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
+        """Return A, B, Q, R, M, a, b of the batch."""
+        return linearize_riccati(at, divergence, dtype, self.minibatch)
+
+
+class _OfOutputs:
+    """Base of the routes that need a metric of the output."""
+
+    def refuses(self, model: nn.Module, divergence: Divergence) -> str | None:
+        """Refuse the Newton divergence."""
+        if isinstance(divergence, (Euclidean, OutputDivergence)):
+            return None
+        return (
+            "needs a divergence of the output (natural gradient), got "
+            f"{type(divergence).__name__}; the routes 'dare' and 'krylov' take it"
+        )
+
+
+@dataclass(frozen=True)
+class Output(_OfOutputs, Options):
+    """The exact step from a system of batch x outputs unknowns (W3)."""
+
+    def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
+        """Return the gradient and the rows of the batch."""
+        if isinstance(divergence, Euclidean):
+            return _steepest(at)
+        assert isinstance(divergence, OutputDivergence)  # noqa: S101  see `refuses`
+        return linearize_outputs(at, divergence, dtype)
+
+
+@dataclass(frozen=True)
+class Sampled(_OfOutputs, Options):
+    """The step of (W3) with an estimate of the metric: random outputs in place of all.
+
+    The Fisher matrix is unbiased, its inverse and so the step are not. A system of batch x samples
+    unknowns.
+
+    Attributes:
+        samples: Random outputs for each example.
+        seed: Of their generator; with the number of the step it determines them.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        count("samples", self.samples)
+        count("seed", self.seed, 0)
+
+    def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
+        """Return the gradient and the sampled rows of the batch."""
+        if isinstance(divergence, Euclidean):
+            return _steepest(at)
+        assert isinstance(divergence, OutputDivergence)  # noqa: S101  see `refuses`
+        chosen, generator = divergence, _generator(self.seed, memory.step, at)
+
+        def draw(y: Tensor) -> Tensor:
+            drawn = [chosen.sample(y, generator) for _ in range(self.samples)]
+            return torch.stack(drawn, dim=-1) / self.samples**0.5
+
+        return linearize_outputs(at, chosen, dtype, draw)
+
+
+@dataclass(frozen=True)
+class Krylov(Options):
+    """Conjugate gradients on (K2): any divergence, any number of outputs, nothing stored.
+
+    Attributes:
+        max_steps: Most products with the metric.
+        progress: Smallest gain of the quadratic model per step (K3); 0 switches it off.
+        tol: Relative residual that is good enough.
+        warm_start: Start from the last step's direction times this; 0 starts from nothing. Not
+            used for the Newton divergence.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    max_steps: int = 50
+    progress: float = 5e-4
+    tol: float = 1e-8
+    warm_start: float = 0.9
+
+    def __post_init__(self) -> None:
+        ConjugateGradients(self.max_steps, self.progress, self.tol)
+        at_least("warm_start", self.warm_start, 0.0)
+
+    def refuses(self, model: nn.Module, divergence: Divergence) -> str | None:
+        """Return `None`: it serves every divergence."""
+        return None
+
+    def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
+        """Return the gradient of the batch and products with its metric."""
+        if isinstance(divergence, Euclidean):
+            return _steepest(at)
+        rules = ConjugateGradients(self.max_steps, self.progress, self.tol)
+        warm = self.warm_start > 0 and memory.u is not None and not isinstance(divergence, Newton)
+        start = self.warm_start * memory.u if warm and memory.u is not None else None
+        return KrylovSystem(at, divergence, rules, start)
+
+
+Fisher = Literal["sampled", "exact"]
+
+
+@dataclass(frozen=True)
+class Kronecker(_OfOutputs, Options):
+    """A Kronecker-factored metric, layer by layer (K4): the cheapest, and an approximation.
+
+    Attributes:
+        update_every: Steps between looks at the metric.
+        refresh_every: Steps between computations of its eigenvectors, cubic in a layer's width.
+        decay: Weight of the past in the averages, at each look.
+        corrected: Estimate the eigenvalues themselves (EKFAC).
+        fisher: `"sampled"`: one random output per example; `"exact"`: all.
+        seed: Of the random outputs' generator.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    update_every: int = 5
+    refresh_every: int = 20
+    decay: float = 0.95
+    corrected: bool = False
+    fisher: Fisher = "sampled"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        count("update_every", self.update_every)
+        count("refresh_every", self.refresh_every)
+        count("seed", self.seed, 0)
+        choice("fisher", self.fisher, get_args(Fisher))
+        if not 0 <= at_least("decay", self.decay, 0.0) < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay}.")
+
+    def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
+        """Return the gradient of the batch and the metric, with what the batch adds to it."""
+        if isinstance(divergence, Euclidean):
+            return _steepest(at)
+        assert isinstance(divergence, OutputDivergence)  # noqa: S101  see `refuses`
+        chosen, generator = divergence, _generator(self.seed, memory.step, at)
+        factors = Factors(memory.layers, at.controls, self.decay, self.corrected)
+        look = memory.step % self.update_every == 0 or not memory.layers
+
+        def take(chunk: Chunk) -> None:
+            if look:
+                y = chunk.at.outputs
+                root = chosen.root(y) if self.fisher == "exact" else None
+                drawn = (
+                    [chosen.sample(y, generator)] if root is None
+                    else list((root * root.shape[-1] ** 0.5).unbind(-1))
+                )  # fmt: skip
+                factors.see(chunk.at, drawn, at.count)
+
+        loss, gradient, solutions = at.visit(take)
+        if look:
+            factors.commit()
+        if memory.step % self.refresh_every == 0 or not factors.ready:
+            factors.refresh()
+        return KroneckerMetric(loss, gradient, solutions, at.controls, factors)
+
+
+_BY_NAME: dict[str, type] = {
+    "dare": Dare,
+    "output": Output,
+    "sampled": Sampled,
+    "krylov": Krylov,
+    "kronecker": Kronecker,
+}
+ROUTES = tuple(_BY_NAME)
+
+
+def make_route(route: "str | Route") -> Route:
+    """Return the route that a name or an object stands for.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(route, str):
+        return _BY_NAME[choice("route", route, ROUTES)]()
+    if isinstance(route, type) or not isinstance(route, Route):
+        raise ValueError(f"route must be a name or an object such as Sampled(), got {route!r}.")
+    return route
+
+
+def _steepest(at: Batch) -> Local:
+    loss, gradient, solutions = at.visit(lambda chunk: None)
+    return Steepest(loss, gradient, solutions, at.controls.sizes)
+
+
+def _generator(seed: int, step: int, at: Batch) -> torch.Generator:
+    device = at.controls.parameters[0].device
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)

@@ -1,0 +1,287 @@
+"""Every sample's own rows of a Jacobian, W = C'J, kept small: products, and the Gram matrix W W'.
+
+    (W1)  row of sample s and cotangent c:  W_sc = c' dy_s/du
+
+A weight that a model uses once, at one position, has the rows g a' of (U1): only g and a are kept,
+and their part of the Gram matrix is (a a') (g g'), entry by entry. Other parameters' rows are kept
+as they are. Parameters that enter through others (a weight that is rescaled) get theirs by the
+chain rule.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from deqlqr.sensitivity import Sensitivity
+from deqlqr.uses import Factored, Linear, MatMul, Use, leaves_of
+
+_FEW = 16  # entries up to which the Jacobian of a tensor made from parameters is formed
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Rows g a' of a weight.
+
+    Attributes:
+        a: `(batch, in)`.
+        g: `(batch, r, out)`.
+        transposed: The weight is (in, out), not (out, in).
+    """
+
+    a: Tensor
+    g: Tensor
+    transposed: bool
+
+    def gram(self) -> Tensor:
+        """Return (a a')(g g'), `(batch r, batch r)`."""
+        g = self.g.flatten(0, 1)
+        count, r = self.g.shape[:2]
+        both = (g @ g.mT).view(count, r, count, r)
+        return (both * (self.a @ self.a.mT)[:, None, :, None]).view(count * r, count * r)
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return W v (batch, r) for the weight's part v of a vector."""
+        right = self.a @ self._matrix(v).mT
+        return torch.einsum("bro,bo->br", self.g, right)
+
+    def transpose_times(self, c: Tensor) -> Tensor:
+        """Return W'c, flat, for c (batch, r)."""
+        product = torch.einsum("br,bro->bo", c, self.g).mT @ self.a
+        return (product.mT if self.transposed else product).reshape(-1)
+
+    def _matrix(self, v: Tensor) -> Tensor:
+        out, inside = self.g.shape[-1], self.a.shape[-1]
+        return v.view(inside, out).mT if self.transposed else v.view(out, inside)
+
+    def dense(self) -> Tensor:
+        """Return W (batch, r, entries)."""
+        outer = torch.einsum("bro,bi->broi", self.g, self.a)
+        return (outer.mT if self.transposed else outer).flatten(2)
+
+    def to(self, dtype: torch.dtype) -> "Outer":
+        """Return the rows in another dtype."""
+        return replace(self, a=self.a.to(dtype), g=self.g.to(dtype))
+
+    def joined(self, others: "Sequence[Outer]") -> "Outer":
+        """Return the rows of further samples below these."""
+        every = [self, *others]
+        return replace(self, a=torch.cat([o.a for o in every]), g=torch.cat([o.g for o in every]))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Rows as they are, `(batch, r, entries)`."""
+
+    rows: Tensor
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return W v (batch, r)."""
+        return self.rows @ v
+
+    def transpose_times(self, c: Tensor) -> Tensor:
+        """Return W'c for c (batch, r)."""
+        return c.flatten() @ self.rows.flatten(0, 1)
+
+    def dense(self) -> Tensor:
+        """Return W."""
+        return self.rows
+
+    def to(self, dtype: torch.dtype) -> "Plain":
+        """Return the rows in another dtype."""
+        return Plain(self.rows.to(dtype))
+
+    def joined(self, others: "Sequence[Plain]") -> "Plain":
+        """Return the rows of further samples below these."""
+        return Plain(torch.cat([self.rows, *(o.rows for o in others)]))
+
+
+Part = Outer | Plain
+
+
+@dataclass(frozen=True)
+class Rows:
+    """W of (W1), parameter by parameter.
+
+    Attributes:
+        parts: The rows of each parameter, in the order of the controls.
+        count: Samples and cotangents, (batch, r).
+    """
+
+    parts: tuple[Part, ...]
+    count: tuple[int, int]
+
+    @staticmethod
+    def of(at: Sensitivity, cotangents: Sequence[Tensor]) -> "Rows":
+        """Form the rows of the cotangents, each (batch, k), one backward pass for each.
+
+        Returns:
+            The rows.
+
+        Raises:
+            ValueError: If the model mixes the samples of a batch.
+        """
+        if at.mixing is not None:
+            raise ValueError(
+                f"model mixes the samples of a batch ({at.mixing} in training mode): single "
+                "samples have no gradient. Call model.eval(), or take route='krylov'."
+            )
+        batch = len(at.outputs)
+        uses_of = defaultdict(list)
+        for i, use in enumerate(at.uses):
+            uses_of[id(use.operand)].append(i)
+        once = {i for places in uses_of.values() if len(places) == 1 for i in places}
+        direct = {id(p) for p in at.controls.parameters}
+        derived = _Derived(at, direct)
+        alone = {
+            i: use for i, use in enumerate(at.uses)
+            if i in once and isinstance(use, (Linear, MatMul)) and _one_position(use)
+            and id(use.operand) in direct and id(use.operand) not in derived.reached
+        }  # fmt: skip
+        kept: dict[int, list[Tensor]] = defaultdict(list)  # g of a use alone, by its number
+        rows: dict[int, list[Tensor]] = defaultdict(list)  # of an operand, by its id
+        for c in cotangents:
+            found = at.cotangents(c)
+            for i, g in enumerate(found):
+                if i in alone:
+                    kept[i].append(_or_zeros(g, alone[i], batch))
+            for key, places in uses_of.items():
+                if places[0] not in alone:
+                    terms = [(at.uses[i], found[i]) for i in places]
+                    rows[key].append(_sum_of_rows(terms, batch))
+        parts: dict[int, Part] = {
+            id(use.operand): Outer(
+                use.inputs()[:, 0], torch.stack(kept[i], 1), isinstance(use, MatMul)
+            )
+            for i, use in alone.items()
+        }
+        chained = derived.chain({key: torch.stack(value, 1) for key, value in rows.items()})
+        shape = (batch, len(cotangents))
+        for p in at.controls.parameters:
+            key = id(p)
+            if key not in parts:
+                found_rows = [torch.stack(rows[key], 1)] if key in rows else []
+                found_rows += [chained[key]] if key in chained else []
+                whole = (
+                    sum(found_rows[1:], found_rows[0])
+                    if found_rows
+                    else p.new_zeros(*shape, p.numel())
+                )
+                parts[key] = Plain(whole)
+        return Rows(tuple(parts[id(p)] for p in at.controls.parameters), shape)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries of each parameter."""
+        return [
+            part.a.shape[-1] * part.g.shape[-1] if isinstance(part, Outer) else part.rows.shape[-1]
+            for part in self.parts
+        ]
+
+    def to(self, dtype: torch.dtype) -> "Rows":
+        """Return the rows in another dtype."""
+        return replace(self, parts=tuple(part.to(dtype) for part in self.parts))
+
+    @staticmethod
+    def joined(chunks: "Sequence[Rows]") -> "Rows":
+        """Return the rows of several chunks of samples, one below the other."""
+        first, *rest = chunks
+        if not rest:
+            return first
+        parts = [
+            own.joined(others)
+            for own, *others in zip(*(chunk.parts for chunk in chunks), strict=True)
+        ]
+        return Rows(tuple(parts), (sum(chunk.count[0] for chunk in chunks), first.count[1]))
+
+    def gram(self, places: Sequence[int] | None = None) -> Tensor:
+        """Return W W' (batch r, batch r), of some parameters by their places, or of all."""
+        chosen = self.parts if places is None else [self.parts[i] for i in places]
+        plain = [part.rows.flatten(0, 1) for part in chosen if isinstance(part, Plain)]
+        outer = [part.gram() for part in chosen if isinstance(part, Outer)]
+        W = torch.cat(plain, dim=1) if len(plain) > 1 else None if not plain else plain[0]
+        terms = outer if W is None else [*outer, W @ W.mT]
+        return sum(terms[1:], terms[0])
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return W v (batch, r) for v (m,)."""
+        pieces = v.split(self.sizes)
+        total = v.new_zeros(self.count)
+        for part, piece in zip(self.parts, pieces, strict=True):
+            total = total + part.times(piece)
+        return total
+
+    def transpose_times(self, c: Tensor) -> Tensor:
+        """Return W'c (m,) for c (batch, r)."""
+        return torch.cat([part.transpose_times(c) for part in self.parts])
+
+    def dense(self) -> Tensor:
+        """Return W (batch, r, m)."""
+        return torch.cat([part.dense() for part in self.parts], dim=-1)
+
+
+def _one_position(use: Factored) -> bool:
+    return isinstance(use, Linear) and use.a.dim() == 2
+
+
+def _or_zeros(g: Tensor | None, use: Linear, batch: int) -> Tensor:
+    width = use.operand.shape[1 if isinstance(use, MatMul) else 0]
+    return use.operand.new_zeros(batch, width) if g is None else g
+
+
+def _sum_of_rows(terms: Sequence[tuple[Use, Tensor | None]], batch: int) -> Tensor:
+    """Return the rows (batch, entries) of an operand, summed over its uses."""
+    total = None
+    for use, g in terms:
+        if g is not None:
+            rows = use.rows(g).reshape(batch, -1)
+            total = rows if total is None else total + rows
+    return (
+        terms[0][0].operand.new_zeros(batch, terms[0][0].operand.numel())
+        if total is None
+        else total
+    )
+
+
+class _Derived:
+    """The tensors made from parameters that a model uses, and the chain rule through them."""
+
+    def __init__(self, at: Sensitivity, direct: set[int]) -> None:
+        self.parameters = at.controls.parameters
+        self.operands: dict[int, Tensor] = {
+            id(use.operand): use.operand for use in at.uses if id(use.operand) not in direct
+        }
+        self.reached: set[int] = set()
+        for operand in self.operands.values():
+            self.reached |= {id(leaf) for leaf in leaves_of(operand)} & direct
+
+    def chain(self, rows: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Return rows (batch, r, entries) of parameters from those of what is made from them."""
+        total: dict[int, Tensor] = {}
+        for key, operand in self.operands.items():
+            for p, part in self._through(operand, rows[key]):
+                total[id(p)] = total[id(p)] + part if id(p) in total else part
+        return total
+
+    def _through(self, operand: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        flat = rows.reshape(-1, *operand.shape)
+        few = operand.numel() < min(_FEW, len(flat))
+        if few:
+            size = operand.numel()
+            weights = torch.eye(size, dtype=rows.dtype, device=rows.device)
+            weights = weights.view(size, *operand.shape)
+        else:
+            weights = flat
+        grads = torch.autograd.grad(
+            operand, self.parameters, weights, retain_graph=True, allow_unused=True,
+            is_grads_batched=True,
+        )  # fmt: skip
+        found: list[tuple[Tensor, Tensor]] = []
+        for p, grad in zip(self.parameters, grads, strict=True):
+            if grad is not None:
+                wide = grad.reshape(len(grad), -1)
+                wide = flat.reshape(len(flat), -1) @ wide if few else wide
+                found.append((p, wide.view(*rows.shape[:2], -1)))
+        return found

@@ -1,0 +1,77 @@
+"""A model linearised at its fixed points: y(u + du) = y + J du, for any number of DEQ layers.
+
+    (J2)  J = dy/du,  through every layer's S = (I - A)^-1 B
+
+J is never formed. Products with J' and J are one implicit differentiation each; a backward pass
+also brings the cotangents from which every sample's rows of J are made (`rows`).
+"""
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from deqlqr.controls import Controls
+from deqlqr.deq import DEQ
+from deqlqr.uses import Use, Uses
+
+
+class Sensitivity:
+    """J of (J2) on one batch, kept as the graph of one forward pass.
+
+    Args:
+        model: Any module; its `DEQ` layers are solved once, here.
+        controls: Its parameters.
+        x: Inputs `(batch, ...)`.
+
+    Attributes:
+        outputs: y, detached.
+        uses: Where the model uses its parameters.
+        mixing: An operation that mixes the samples of a batch, if the model has one.
+
+    Raises:
+        ValueError: If the model uses a parameter in a way that has no gradient of single samples.
+        ConvergenceError: If a sample has no fixed point.
+    """
+
+    def __init__(self, model: nn.Module, controls: Controls, x: Tensor) -> None:
+        self.controls = controls
+        recorder = Uses(len(x))
+        recorder.mark(x)
+        with ExitStack() as stack:
+            for layer in model.modules():
+                if isinstance(layer, DEQ):
+                    stack.enter_context(layer.pinning(recorder))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(recorder)
+            self._y = model(x)
+        self.outputs = self._y.detach()
+        self.uses: list[Use] = recorder.found
+        self.mixing = recorder.mixing
+        self._pulled: tuple[Tensor, Tensor] | None = None
+
+    def pull(self, c: Tensor) -> Tensor:
+        """Return J'c (m,) for cotangents c of the outputs."""
+        grads = torch.autograd.grad(
+            self._y, self.controls.parameters, c, retain_graph=True, allow_unused=True
+        )
+        return self.controls.flatten(dict(zip(self.controls.names, grads, strict=True)))
+
+    def push(self, v: Tensor) -> Tensor:
+        """Return J v, with the shape of the outputs, for v (m,): the derivative of (J'w)'v in w."""
+        if self._pulled is None:
+            with torch.enable_grad():
+                w = torch.zeros_like(self._y, requires_grad=True)
+                grads = torch.autograd.grad(
+                    self._y, self.controls.parameters, w, create_graph=True, allow_unused=True
+                )
+                pulled = self.controls.flatten(dict(zip(self.controls.names, grads, strict=True)))
+            self._pulled = pulled, w
+        pulled, w = self._pulled
+        (pushed,) = torch.autograd.grad(pulled, w, v, retain_graph=True)
+        return pushed
+
+    def cotangents(self, c: Tensor) -> list[Tensor | None]:
+        """Return g of every use, for cotangents c of the outputs; `None` for one without effect."""
+        edges = [use.edge for use in self.uses]
+        return list(torch.autograd.grad(self._y, edges, c, retain_graph=True, allow_unused=True))

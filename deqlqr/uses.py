@@ -1,0 +1,392 @@
+"""Where a model uses its parameters: every operation in which a parameter meets the data.
+
+The derivative of a sample's output with respect to a parameter is a sum over such uses. In each it
+comes from what went into the operation, a, and the cotangent g of what came out:
+
+    (U1)  linear, convolution   g a', a the pixels under the kernel, summed over positions
+    (U2)  norm's scale          sum of g times the normalised a
+    (U3)  shift (bias)          sum of g
+
+so one backward pass, which only has to bring the g, gives every sample's own gradient. Any other
+operation is applied sample by sample to copies of the parameter, whose gradients they are.
+
+Source of (U1): I. Goodfellow (2015), Efficient per-example gradient computations, arXiv:1510.01799;
+G. Rochette, A. Manoel, E. Tramel (2019), arXiv:1912.06015 (convolutions).
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter, or of a tensor made from parameters only.
+
+    Attributes:
+        operand: The tensor used.
+        edge: Where in the graph the cotangent g is read.
+    """
+
+    operand: Tensor
+    edge: GradientEdge
+
+    def rows(self, g: Tensor) -> Tensor:
+        """Return each sample's gradient (batch, *operand) from g (batch, ...)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Factored(Use):
+    """A use whose gradient is a product g a' of what came out and what went in (U1)."""
+
+    def inputs(self) -> Tensor:
+        """Return a, `(batch, positions, in)`."""
+        raise NotImplementedError
+
+    def outputs(self, g: Tensor) -> Tensor:
+        """Return g as `(batch, positions, out)`."""
+        raise NotImplementedError
+
+    def rows(self, g: Tensor) -> Tensor:
+        """Return g a', summed over positions."""
+        a, g = self.inputs(), self.outputs(g)
+        if a.shape[1] == 1:
+            outer = g[:, 0, :, None] * a[:, 0, None, :]
+        else:
+            outer = g.mT @ a
+        return outer.reshape(len(a), *self.operand.shape)
+
+
+@dataclass(frozen=True)
+class Linear(Factored):
+    """a W': W (out, in) is the operand."""
+
+    a: Tensor
+
+    def inputs(self) -> Tensor:
+        """Return a as `(batch, positions, in)`."""
+        return self.a.reshape(len(self.a), -1, self.a.shape[-1])
+
+    def outputs(self, g: Tensor) -> Tensor:
+        """Return g as `(batch, positions, out)`."""
+        return g.reshape(len(g), -1, g.shape[-1])
+
+
+@dataclass(frozen=True)
+class MatMul(Linear):
+    """a W: W (in, out) is the operand."""
+
+    def rows(self, g: Tensor) -> Tensor:
+        """Return a g', summed over positions."""
+        return self.inputs().mT @ self.outputs(g)
+
+
+@dataclass(frozen=True)
+class Conv2d(Factored):
+    """A convolution with one group; W (out, in, h, w) is the operand."""
+
+    a: Tensor
+    stride: Any
+    padding: Any
+    dilation: Any
+
+    def inputs(self) -> Tensor:
+        """Return the pixels under the kernel at each position."""
+        size = self.operand.shape[2:]
+        return F.unfold(self.a, size, self.dilation, self.padding, self.stride).mT
+
+    def outputs(self, g: Tensor) -> Tensor:
+        """Return g at each position."""
+        return g.flatten(2).mT
+
+
+@dataclass(frozen=True)
+class Scale(Use):
+    """A norm's scale (U2); the operand has the shape of the dimensions from `axis` on, cut off."""
+
+    normalised: Callable[[], Tensor]
+    axis: int
+
+    def rows(self, g: Tensor) -> Tensor:
+        """Return the sum over positions of g times the normalised input."""
+        return _summed(g * self.normalised(), self.operand, self.axis)
+
+
+@dataclass(frozen=True)
+class Shift(Use):
+    """Something added at every position (U3), to the dimensions from `axis` on."""
+
+    axis: int
+
+    def rows(self, g: Tensor) -> Tensor:
+        """Return the sum of g over positions."""
+        return _summed(g, self.operand, self.axis)
+
+
+@dataclass(frozen=True)
+class Copied(Use):
+    """A parameter given to each sample as a copy; g is the gradient of the copies."""
+
+    def rows(self, g: Tensor) -> Tensor:
+        """Return g."""
+        return g.reshape(len(g), *self.operand.shape)
+
+
+def _summed(g: Tensor, operand: Tensor, axis: int) -> Tensor:
+    """Sum g over all dimensions but the first and those of the operand, which begin at `axis`."""
+    axis = axis % g.dim()
+    kept = (0, *range(axis, axis + operand.dim()))
+    others = [d for d in range(g.dim()) if d not in kept]
+    return g.sum(others) if others else g
+
+
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """Return the leaves of the graph that a tensor is made from."""
+    nodes, seen, leaves = [tensor.grad_fn], set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:
+            leaves.append(variable)
+        nodes.extend(parent for parent, _ in node.next_functions)
+    return leaves
+
+
+class Uses(TorchFunctionMode):
+    """Within this context every operation that mixes parameters with data is recorded.
+
+    Attributes:
+        found: The uses, in the order of the forward pass.
+        mixing: Name of an operation that mixes the samples of a batch, if one was met.
+        paused: Record nothing for now.
+    """
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.found: list[Use] = []
+        self.mixing: str | None = None
+        self.paused = False
+        self._data: dict[int, weakref.ref[Tensor]] = {}
+
+    def mark(self, values: Any) -> None:
+        """Remember the tensors in `values` as data, which is what depends on the sample."""
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor):
+                self._data[id(value)] = weakref.ref(value)
+
+    def _is_data(self, value: Tensor) -> bool:
+        reference = self._data.get(id(value))
+        return reference is not None and reference() is value
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not any(self._is_data(t) for t in tensors):
+            return func(*args, **kwargs)
+        operands = [t for t in tensors if t.requires_grad and not self._is_data(t)]
+        if operands and torch.is_grad_enabled():
+            record = _RECORDERS.get(_name(func), Uses._sample_by_sample)
+            result = record(self, func, args, kwargs, operands)
+        else:
+            if _name(func) == "batch_norm" and _argument(args, kwargs, 5, "training", False):
+                self.mixing = "batch_norm"
+            result = func(*args, **kwargs)
+        self.mark(result)
+        return result
+
+    def _linear(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
+        a = _argument(args, kwargs, 0, "input")
+        W = _argument(args, kwargs, 1, "weight")
+        bias = _argument(args, kwargs, 2, "bias")
+        if not self._is_data(a) or self._is_data(W) or (bias is not None and self._is_data(bias)):
+            return self._sample_by_sample(func, args, kwargs, operands)
+        self._require_batch(func, a)
+        result = func(*args, **kwargs)
+        edge = get_gradient_edge(result)
+        if W.requires_grad:
+            self.found.append(Linear(W, edge, a.detach()))
+        if bias is not None and bias.requires_grad:
+            self.found.append(Shift(bias, edge, -1))
+        return result
+
+    def _matmul(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
+        a, W = (*args, *kwargs.values())[:2]
+        if not self._is_data(a) or W.dim() != 2 or a.dim() < 2:
+            return self._sample_by_sample(func, args, kwargs, operands)
+        self._require_batch(func, a)
+        result = func(*args, **kwargs)
+        self.found.append(MatMul(W, get_gradient_edge(result), a.detach()))
+        return result
+
+    def _conv2d(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        defaults = (None, None, None, 1, 0, 1, 1)
+        a, W, bias, stride, padding, dilation, groups = (
+            _argument(args, kwargs, i, name, default)
+            for i, (name, default) in enumerate(zip(names, defaults, strict=True))
+        )
+        plain = self._is_data(a) and not self._is_data(W) and groups == 1
+        if not plain or isinstance(padding, str) or a.dim() != 4:
+            return self._sample_by_sample(func, args, kwargs, operands)
+        self._require_batch(func, a)
+        result = func(*args, **kwargs)
+        edge = get_gradient_edge(result)
+        if W.requires_grad:
+            self.found.append(Conv2d(W, edge, a.detach(), stride, padding, dilation))
+        if bias is not None and bias.requires_grad:
+            self.found.append(Shift(bias, edge, 1))
+        return result
+
+    def _group_norm(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
+        a = _argument(args, kwargs, 0, "input")
+        groups = _argument(args, kwargs, 1, "num_groups")
+        affine = [_argument(args, kwargs, i, name) for i, name in ((2, "weight"), (3, "bias"))]
+        eps = _argument(args, kwargs, 4, "eps", 1e-5)
+        normalised = lambda: F.group_norm(a.detach(), groups, eps=eps)
+        return self._norm(func, args, kwargs, a, affine, normalised, 1)
+
+    def _layer_norm(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
+        a = _argument(args, kwargs, 0, "input")
+        shape = _argument(args, kwargs, 1, "normalized_shape")
+        affine = [_argument(args, kwargs, i, name) for i, name in ((2, "weight"), (3, "bias"))]
+        eps = _argument(args, kwargs, 4, "eps", 1e-5)
+        normalised = lambda: F.layer_norm(a.detach(), shape, eps=eps)
+        return self._norm(func, args, kwargs, a, affine, normalised, -len(shape))
+
+    def _batch_norm(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
+        a = _argument(args, kwargs, 0, "input")
+        mean, variance = (
+            _argument(args, kwargs, i, name)
+            for i, name in ((1, "running_mean"), (2, "running_var"))
+        )
+        affine = [_argument(args, kwargs, i, name) for i, name in ((3, "weight"), (4, "bias"))]
+        training = _argument(args, kwargs, 5, "training", False)
+        eps = _argument(args, kwargs, 7, "eps", 1e-5)
+        if training:
+            self.mixing, mean, variance = "batch_norm", None, None
+        normalised = lambda: F.batch_norm(a.detach(), mean, variance, training=training, eps=eps)
+        return self._norm(func, args, kwargs, a, affine, normalised, 1)
+
+    def _norm(
+        self,
+        func: Any,
+        args: tuple,
+        kwargs: dict,
+        a: Tensor,
+        affine: list[Tensor | None],
+        normalised: Callable[[], Tensor],
+        axis: int,
+    ) -> Any:
+        self._require_batch(func, a)
+        scale, shift = affine
+        result = func(*args, **kwargs)
+        edge = get_gradient_edge(result)
+        if scale is not None and scale.requires_grad:
+            self.found.append(Scale(scale, edge, normalised, axis))
+        if shift is not None and shift.requires_grad:
+            self.found.append(Shift(shift, edge, axis))
+        return result
+
+    def _elementwise(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
+        data = [
+            t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self._is_data(t)
+        ]
+        dims = data[0].dim()
+        plain = all(t.dim() == dims and t.shape[0] == self.batch for t in data)
+        if not plain or any(p.dim() > dims for p in operands):
+            return self._sample_by_sample(func, args, kwargs, operands)
+        copies = {}
+        for p in operands:
+            if p.dim() == dims and p.shape[0] != 1:
+                raise _refusal(func, f"a parameter of shape {tuple(p.shape)} is a sample's own")
+            inner = p[0] if p.dim() == dims else p
+            lead = [1] * (dims - 1 - inner.dim())
+            copies[id(p)] = inner.expand(self.batch, *lead, *inner.shape)
+        self._record_copies(operands, copies)
+        put = lambda t: copies.get(id(t), t) if isinstance(t, Tensor) else t
+        args, kwargs = tree_map(put, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _sample_by_sample(
+        self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]
+    ) -> Any:
+        leaves, nest = tree_flatten((args, kwargs))
+        copies = {id(p): p.expand(self.batch, *p.shape) for p in operands}
+        places, moving = [], []
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and id(leaf) in copies:
+                places.append(i)
+                moving.append(copies[id(leaf)])
+            elif isinstance(leaf, Tensor) and self._is_data(leaf):
+                self._require_batch(func, leaf)
+                places.append(i)
+                moving.append(leaf[:, None])
+
+        def of_one(*values: Tensor) -> Any:
+            filled = list(leaves)
+            for i, value in zip(places, values, strict=True):
+                filled[i] = value
+            one_args, one_kwargs = tree_unflatten(filled, nest)
+            return tree_map(lambda t: t[0], func(*one_args, **one_kwargs))
+
+        self._record_copies(operands, copies)
+        try:
+            return torch.vmap(of_one, randomness="different")(*moving)
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise _refusal(func, f"torch.vmap refused it ({error})") from error
+
+    def _record_copies(self, operands: list[Tensor], copies: dict[int, Tensor]) -> None:
+        for p in operands:
+            self.found.append(Copied(p, get_gradient_edge(copies[id(p)])))
+
+    def _require_batch(self, func: Any, a: Tensor) -> None:
+        if a.dim() < 1 or a.shape[0] != self.batch:
+            raise _refusal(func, f"data of shape {tuple(a.shape)} has not the batch first")
+
+
+def _argument(args: tuple, kwargs: dict, place: int, name: str, default: Any = None) -> Any:
+    return args[place] if place < len(args) else kwargs.get(name, default)
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", str(func))
+
+
+def _refusal(func: Any, reason: str) -> ValueError:
+    return ValueError(
+        f"model uses a parameter in {_name(func)!r} in a way that has no gradient of single "
+        f"samples ({reason}); take route='krylov', which needs none."
+    )
+
+
+_ELEMENTWISE = (
+    *("add", "add_", "__radd__", "__iadd__", "sub", "sub_", "rsub", "__rsub__", "__isub__"),
+    *("mul", "mul_", "__rmul__", "__imul__", "div", "div_", "true_divide", "__rtruediv__"),
+)
+_RECORDERS: dict[str, Callable[..., Any]] = {
+    "linear": Uses._linear,
+    "matmul": Uses._matmul,
+    "mm": Uses._matmul,
+    "__matmul__": Uses._matmul,
+    "conv2d": Uses._conv2d,
+    "group_norm": Uses._group_norm,
+    "layer_norm": Uses._layer_norm,
+    "batch_norm": Uses._batch_norm,
+    **dict.fromkeys(_ELEMENTWISE, Uses._elementwise),
+}

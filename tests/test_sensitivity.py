@@ -1,0 +1,186 @@
+"""Tests for `deqlqr/sensitivity.py`, `rows.py`, `uses.py` and `pinned.py`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deqlqr import DEQ, Controls, DenseBlock, Neumann
+from deqlqr.batch import Batch, require_independent
+from deqlqr.loss import make_loss
+from deqlqr.rows import Outer, Rows
+from deqlqr.sensitivity import Sensitivity
+
+from .problems import Cell, conv_batch, conv_model, dense_batch, dense_model, exact, randn, relative
+
+
+class Odd(nn.Module):
+    """Uses its parameters in most ways there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.act, self.norm = nn.Linear(5, 5), nn.PReLU(), nn.LayerNorm(5)
+        self.w = nn.Parameter(0.1 * torch.randn(5, 5))
+        self.shift, self.mix = nn.Parameter(torch.randn(1, 5)), nn.Parameter(torch.randn(2, 5))
+
+    def forward(self, x):
+        h = self.act(self.lin(x) + self.shift) @ self.w
+        h = self.norm(h) * torch.einsum("bi,ji->bi", x, self.mix).tanh()
+        kernel = self.w[:1, None, :3]  # made from a parameter that is used by itself too
+        return F.relu_(h) + torch.conv1d(x[:, None], kernel, padding=1)[:, 0]
+
+
+def odd_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 5),
+        Odd(),
+        DEQ(DenseBlock(4, 5)),
+        nn.Linear(4, 5),
+        DEQ(Cell(5)),
+        nn.Linear(5, 3),
+    )
+
+
+def image_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding="same"), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3, groups=2), nn.GroupNorm(2, 4), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(64, 3),
+    ).eval()  # fmt: skip
+
+
+def wide_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), DEQ(DenseBlock(30, 5)), nn.Linear(30, 3))
+
+
+def rescaled_model():
+    """The block's weight is above its largest norm, so it is used rescaled."""
+    model = dense_model()
+    with torch.no_grad():
+        model[1].block.state.weight *= 4
+    return model
+
+
+CASES = {
+    "dense": (dense_model, dense_batch),
+    "conv": (conv_model, conv_batch),
+    "wide": (wide_model, dense_batch),
+    "rescaled": (rescaled_model, dense_batch),
+    "two layers, odd parts": (odd_model, dense_batch),
+    "explicit": (image_model, conv_batch),
+}
+
+
+def jacobian(model, controls, x):
+    y = model(x)
+    grads = [
+        torch.autograd.grad(v, controls.parameters, retain_graph=True, allow_unused=True)
+        for v in y.reshape(-1)
+    ]
+    rows = [controls.flatten(dict(zip(controls.names, g, strict=True))) for g in grads]
+    return torch.stack(rows).reshape(*y.shape, -1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_and_rows_are_those_of_the_jacobian(name):
+    make, batch = CASES[name]
+    model, x = exact(make()), batch()[0].double()
+    controls = Controls(model)
+    J, at = jacobian(model, controls, x), Sensitivity(model, controls, x)
+    c, e = randn(*at.outputs.shape, seed=1), randn(*at.outputs.shape, seed=2)
+    v = randn(controls.m, seed=3)
+    assert relative(at.outputs, model(x).detach()) < 1e-9
+    assert relative(at.pull(c), torch.einsum("bk,bkm->m", c, J)) < 1e-9
+    assert relative(at.push(v), J @ v) < 1e-9
+    rows = Rows.of(at, [c, e])
+    W = torch.einsum("rbk,bkm->brm", torch.stack([c, e]), J)
+    assert relative(rows.dense(), W) < 1e-9
+    flat, weights = W.flatten(0, 1), randn(*rows.count, seed=4)
+    assert relative(rows.gram(), flat @ flat.mT) < 1e-9
+    assert relative(rows.times(v), W @ v) < 1e-9
+    assert relative(rows.transpose_times(weights), torch.einsum("br,brm->m", weights, W)) < 1e-9
+    one, two = Rows.of(at, [c]), Rows.of(at, [c])
+    assert (
+        relative(
+            Rows.joined([one, two]).gram(), torch.cat([W[:, 0]] * 2) @ torch.cat([W[:, 0]] * 2).mT
+        )
+        < 1e-9
+    )
+
+
+def test_a_large_weight_is_kept_as_a_product():
+    model, (x, _) = dense_model(), dense_batch()
+    at = Sensitivity(model, Controls(model), x)
+    rows = Rows.of(at, [torch.ones_like(at.outputs)])
+    kinds = dict(zip(at.controls.names, (type(part) for part in rows.parts), strict=True))
+    assert kinds["0.weight"] is kinds["2.weight"] is kinds["1.block.input.weight"] is Outer
+
+
+def test_an_inexact_layer_is_linearised_as_it_differentiates():
+    model = dense_model().double()
+    model[1].backward = Neumann(terms=2)
+    x = dense_batch()[0].double()
+    controls = Controls(model)
+    at, y = Sensitivity(model, controls, x), model(x)
+    c = torch.ones_like(y)
+    grads = torch.autograd.grad(y, controls.parameters, c)
+    expected = controls.flatten(dict(zip(controls.names, grads, strict=True)))
+    assert relative(at.pull(c), expected) < 1e-12
+
+
+@pytest.mark.parametrize("layer", [DEQ(DenseBlock(3)), nn.BatchNorm1d(3)])
+def test_independence_is_found_out(layer):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer, nn.Linear(3, 3)).double()
+    at = Batch(model, Controls(model), make_loss("mse"), [(randn(6, 3), randn(6, 3, seed=1))])
+    if isinstance(layer, DEQ):
+        require_independent(at)
+        return
+    held = layer.running_mean.clone()
+    with pytest.raises(ValueError, match="mixes the samples"):
+        require_independent(at)
+    assert torch.equal(held, layer.running_mean)
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+def test_mixing_that_no_operation_gives_away_is_found_out():
+    model = nn.Sequential(nn.Linear(3, 3), Mixing()).double()
+    at = Batch(model, Controls(model), make_loss("mse"), [(randn(6, 3), randn(6, 3, seed=1))])
+    with pytest.raises(ValueError, match="mixes the samples"):
+        require_independent(at)
+
+
+class OwnRow(nn.Module):
+    """A parameter with an entry for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.ones(5, 6))
+
+    def forward(self, x):
+        return x * self.rows
+
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.lin(x.mT).mT
+
+
+@pytest.mark.parametrize(
+    "part, message", [(OwnRow(), "is a sample's own"), (Turned(), "has not the batch first")]
+)
+def test_a_use_without_gradients_of_samples_is_refused(part, message):
+    model, x = nn.Sequential(part, nn.Linear(6, 2)), dense_batch()[0]
+    with pytest.raises(ValueError, match=message):
+        Sensitivity(model, Controls(model), x)
