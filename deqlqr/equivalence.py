@@ -28,14 +28,15 @@ from deqlqr.fixed_point import fixed_point
 from deqlqr.linearize import choose_divergence, linearize_samples
 from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
-from deqlqr.output_space import linearize_outputs
 from deqlqr.riccati import solve_dare
+from deqlqr.routes import Krylov, Memory, Output
 from deqlqr.solution import ConvergenceError
 from deqlqr.solvers import Anderson, Picard
 from deqlqr.steady_state import curvature, static_step, steady_state
 
 _GRADIENT_TOLERANCE = 1e-9
 _STEP_TOLERANCE = 1e-7
+_TIGHT = Krylov(max_steps=2000, progress=0.0, tol=1e-11)
 
 Route = Tensor | Callable[[], Tensor]  # a vector, or what computes it and may fail
 
@@ -163,7 +164,7 @@ def check_equivalence(
         >>> model = nn.Sequential(DEQ(DenseBlock(3)), nn.Linear(3, 2))
         >>> report = check_equivalence(model, torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
         >>> report.passed, len(report.rows)
-        (True, 9)
+        (True, 10)
     """
     damping = at_least("damping", damping, 0.0, strict=True)
     chosen = choose_divergence(loss, divergence)
@@ -267,16 +268,18 @@ class _Check:
         if isinstance(divergence, OutputDivergence):
             explicit = lambda: self._explicit_step(divergence)
             rows.append(row("DARE steady state", "explicit damped metric, dense", dare, explicit))
-            output = lambda: self._output_step(divergence)
+            output = lambda: self._step_by(Output(), divergence)
             rows.append(row("DARE steady state", "output space (W3)", dare, output))
+            krylov = lambda: self._step_by(_TIGHT, divergence)
+            rows.append(row("DARE steady state", "conjugate gradients (K2)", dare, krylov))
         rows.append(self._tied_row(name, lqr, static))
         return rows
 
-    def _output_step(self, divergence: OutputDivergence) -> Tensor:
-        """Return the step of `ImplicitNGD(route="output")`."""
+    def _step_by(self, route: Output | Krylov, divergence: OutputDivergence) -> Tensor:
+        """Return the step of `ImplicitNGD` by a route."""
         at = Batch(self.model, self.controls, self.loss, [(self.x, self.y)])
-        outputs = linearize_outputs(at, divergence, torch.float64)
-        u = outputs.solve([self.damping] * len(self.controls.parameters)).u
+        local = route.local(at, divergence, torch.float64, Memory())
+        u = local.solve([self.damping] * len(self.controls.parameters)).u
         assert u is not None  # noqa: S101
         return u
 

@@ -66,7 +66,9 @@ class ConjugateGradients(Options):
         r = -g - Cu - shift * u
         y = r / shift
         p, rho = y, float(r @ y)
-        goal = self.tol * float(torch.linalg.vector_norm(g))
+        # Below some rounding units a residual is noise, and directions made from it are too.
+        reach = max(self.tol, 10 * torch.finfo(g.dtype).eps)
+        goal = reach * float(torch.linalg.vector_norm(g))
         values: list[float] = []
         while spent < self.max_steps and float(torch.linalg.vector_norm(r)) > goal:
             Cp, spent = product(p), spent + 1

@@ -133,6 +133,15 @@ class Resolvent:
         return self._certified(rights, x, r, size[:, None], self.products - spent)
 
     def _solve_krylov(self, right: Tensor, start: Tensor | None) -> LinearSolution:
+        """Solve from the pairs at hand, and from none if they lead nowhere: rounding wears them."""
+        worn = self._pairs.count > 0
+        found = self._solve_once(right, start)
+        if worn and not found.converged.all():
+            self._pairs.clear()
+            found = self._solve_once(right, start)
+        return found
+
+    def _solve_once(self, right: Tensor, start: Tensor | None) -> LinearSolution:
         spent = self.products
         x = torch.zeros_like(right) if start is None else start
         r = right if start is None else right + self._times(x) - x
