@@ -87,8 +87,6 @@ class Batch:
         at = Sensitivity(self.model, self.controls, x)
         self.solutions()
         self.loss.check(at.outputs, y)
-        if at.outputs.dim() != 2:
-            raise ValueError(f"model must return (batch, k), got {tuple(at.outputs.shape)}.")
         share = len(x) / self.count
         outputs = at.outputs.clone().requires_grad_()
         with torch.enable_grad():

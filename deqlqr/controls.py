@@ -58,6 +58,20 @@ class Controls:
             parts.append(torch.zeros_like(p).reshape(-1) if value is None else value.reshape(-1))
         return torch.cat(parts)
 
+    def pull(self, of: Tensor, cotangent: Tensor | None = None, *, again: bool = False) -> Tensor:
+        """Return the gradient (m,) of a tensor, the graph kept.
+
+        Args:
+            of: What is differentiated.
+            cotangent: Of its shape; may be left out for a scalar.
+            again: Whether the gradient is to be differentiated in turn.
+        """
+        grads = torch.autograd.grad(
+            of, self.parameters, cotangent, retain_graph=True, create_graph=again,
+            allow_unused=True,
+        )  # fmt: skip
+        return self.flatten(dict(zip(self.names, grads, strict=True)))
+
     @torch.no_grad()
     def assign(self, u: Tensor) -> None:
         """Write u (m,) into the model's parameters in place."""

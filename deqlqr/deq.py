@@ -11,7 +11,7 @@ Source: Bai, Kolter and Koltun (2019), arXiv:1909.01377; thesis section 2.4.1 an
 import inspect
 import warnings
 from collections.abc import Generator, Hashable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -191,29 +191,24 @@ class DEQ(nn.Module):
         """Within the context the layer returns z and records f(z, x) instead of solving."""
         if self._tap is not None:
             raise ValueError("the DEQ layer is being linearised already.")
-        self._tap = Tap(z)
-        try:
-            yield self._tap
-        finally:
-            self._tap = None
+        with self._holding("_tap", Tap(z)) as tap:
+            yield tap
 
-    @contextmanager
-    def starting_near(self, z: Any) -> Generator[None, None, None]:
+    def starting_near(self, z: Any) -> AbstractContextManager[Any]:
         """Within the context the forward solve starts from z, unless a call says otherwise."""
-        self._near = z
-        try:
-            yield
-        finally:
-            self._near = None
+        return self._holding("_near", z)
+
+    def pinning(self, uses: Uses) -> AbstractContextManager[Uses]:
+        """Within the context the layer's output is pinned at its fixed point (see `pinned`)."""
+        return self._holding("_uses", uses)
 
     @contextmanager
-    def pinning(self, uses: Uses) -> Generator[None, None, None]:
-        """Within the context the layer's output is pinned at its fixed point (see `pinned`)."""
-        self._uses = uses
+    def _holding(self, name: str, value: Any) -> Generator[Any, None, None]:
+        setattr(self, name, value)
         try:
-            yield
+            yield value
         finally:
-            self._uses = None
+            setattr(self, name, None)
 
     def extra_repr(self) -> str:
         """Show the options."""

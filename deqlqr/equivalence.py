@@ -206,10 +206,7 @@ class _Check:
 
     def gradient(self) -> Tensor:
         """Return the gradient of the loss by autograd through the model as it is."""
-        loss = self.loss(self.model(self.x), self.y)
-        parameters = self.controls.parameters
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return self.controls.flatten(dict(zip(self.controls.names, grads, strict=True)))
+        return self.controls.pull(self.loss(self.model(self.x), self.y))
 
     def gradient_rows(self) -> list[EquivalenceRow]:
         """Return the rows of (E1)."""
@@ -289,12 +286,7 @@ class _Check:
         if m > self.limit:
             raise _Skip(f"m = {m} is above max_controls = {self.limit}")
         y = self.model(self.x)
-        rows = []
-        for output in y.reshape(-1):
-            grads = torch.autograd.grad(
-                output, self.controls.parameters, retain_graph=True, allow_unused=True
-            )
-            rows.append(self.controls.flatten(dict(zip(self.controls.names, grads, strict=True))))
+        rows = [self.controls.pull(output) for output in y.reshape(-1)]
         J = torch.stack(rows).reshape(*y.shape, m)
         metric = divergence.metric(y.detach())
         fisher = torch.einsum("bkm,bkl,bln->mn", J, metric, J) / y.shape[0]
@@ -367,17 +359,9 @@ class _Check:
 
     def _hessian_products(self) -> Tensor:
         """Return the Hessian of the loss times the probes, by double backward."""
-        names, parameters = self.controls.names, self.controls.parameters
-        loss = self.loss(self.model(self.x), self.y)
-        grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        gradient = self.controls.flatten(dict(zip(names, grads, strict=True)))
-        columns = []
-        for v in self._probes().T:
-            second = torch.autograd.grad(
-                gradient @ v, parameters, retain_graph=True, allow_unused=True
-            )
-            columns.append(self.controls.flatten(dict(zip(names, second, strict=True))))
-        return torch.stack(columns, dim=1)
+        gradient = self.controls.pull(self.loss(self.model(self.x), self.y), again=True)
+        products = [self.controls.pull(gradient @ v) for v in self._probes().T]
+        return torch.stack(products, dim=1)
 
 
 class _Skip(Exception):

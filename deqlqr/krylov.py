@@ -150,14 +150,7 @@ def _gauss_newton(chunk: Chunk, Lambda: Tensor, at: Batch) -> Product:
 
 
 def _hessian(chunk: Chunk, at: Batch) -> Product:
-    names, parameters = at.controls.names, at.controls.parameters
     with torch.enable_grad():
         cost = at.loss(at.model(chunk.x), chunk.y) * (len(chunk.x) / at.count)
-        grads = torch.autograd.grad(cost, parameters, create_graph=True, allow_unused=True)
-        gradient = at.controls.flatten(dict(zip(names, grads, strict=True)))
-
-    def product(v: Tensor) -> Tensor:
-        second = torch.autograd.grad(gradient, parameters, v, retain_graph=True, allow_unused=True)
-        return at.controls.flatten(dict(zip(names, second, strict=True)))
-
-    return product
+        gradient = at.controls.pull(cost, again=True)
+    return lambda v: at.controls.pull(gradient, v)

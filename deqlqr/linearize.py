@@ -39,6 +39,8 @@ from deqlqr.solver import FixedPointSolution
 from deqlqr.state import StateShape
 
 Minibatch = Literal["exact", "per-sample"]
+# (u, z_s, x_s) -> (f, y) of one sample: z_s is (n,), f (n,), y (k,)
+LocalMap = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,18 @@ def linearize_samples(
         ValueError: If data and model do not fit together, or the samples are not independent.
         ConvergenceError: If a sample has no fixed point.
     """
-    at = prepare(model, x, y, loss)
-    solution, u, z, local = at.solution, at.u, at.z, at.local
+    layer, controls = find_deq(model), Controls(model)
+    check_input(x, controls)
+    with torch.no_grad():
+        outputs = model(x)
+    if layer.solution is None:
+        raise ValueError("model did not call its DEQ layer.")
+    solution = layer.solution.raise_if_failed("fixed point of the block")
+    loss.check(outputs, y)
+    state, u = StateShape.of(solution.value), controls.vector
+    z, local = state.flatten(solution.value), _local_map(model, layer, controls, state)
     first = _first_order(local, u, z, x)
-    at.require_independent(first.fz, first.y)
+    _require_independent(model, x, solution, first)
     outputs = first.y.detach().requires_grad_()
     cost = loss(outputs, y)
     (dJ,) = torch.autograd.grad(cost, outputs)
@@ -182,84 +192,7 @@ def linearize_samples(
     return Linearization(first.A, first.B, a, b, Q, M, R, cost.detach(), solution)
 
 
-LocalMap = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model solved on a batch, ready to be linearised.
-
-    Attributes:
-        model: The model.
-        layer: Its DEQ layer.
-        x: Inputs.
-        u: Its controls `(m,)`.
-        z: Fixed points `(batch, n)`.
-        local: `(u, z_s, x_s) -> (f, y)` of one sample: z_s is (n,), f (n,), y (k,).
-        state: Shape of the state.
-        solution: Certificate of every sample.
-    """
-
-    model: nn.Module
-    layer: DEQ
-    x: Tensor
-    u: Tensor
-    z: Tensor
-    local: LocalMap
-    state: StateShape
-    solution: FixedPointSolution
-
-    def require_independent(self, fz: Tensor, y: Tensor) -> None:
-        """Refuse a model whose batch and single samples disagree: (N1) would be another model's.
-
-        Args:
-            fz: f of the samples one by one, `(batch, n)`.
-            y: Their outputs `(batch, k)`.
-
-        Raises:
-            ValueError: If the batch gives others.
-        """
-        with torch.no_grad(), self.layer.tapped(self.state.unflatten(self.z)) as tap:
-            together = self.model(self.x)
-        assert tap.fz is not None  # noqa: S101  the first forward pass has shown that it is called
-        tolerance = 1e3 * torch.finfo(self.z.dtype).eps
-        for ours, batched in ((fz, self.state.flatten(tap.fz)), (y, together)):
-            gap = float((ours - batched).abs().max())
-            if not gap <= tolerance * max(1.0, float(batched.abs().max())):
-                raise ValueError(
-                    f"model mixes the samples of a batch or is random (outputs differ by {gap:.1e} "
-                    "when samples go through alone): switch batch statistics and dropout off with "
-                    "model.eval()."
-                )
-
-
-def prepare(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> Prepared:
-    """Solve the model on a batch and check that data and model fit together.
-
-    Returns:
-        A `Prepared`.
-
-    Raises:
-        ValueError: If they do not.
-        ConvergenceError: If a sample has no fixed point.
-    """
-    layer, controls = find_deq(model), Controls(model)
-    check_input(x, controls)
-    with torch.no_grad():
-        outputs = model(x)
-    if layer.solution is None:
-        raise ValueError("model did not call its DEQ layer.")
-    solution = layer.solution.raise_if_failed("fixed point of the block")
-    loss.check(outputs, y)
-    if outputs.dim() != 2:
-        raise ValueError(f"model must return (batch, k), got {tuple(outputs.shape)}.")
-    state = StateShape.of(solution.value)
-    local = _local_map(model, layer, controls, state)
-    z = state.flatten(solution.value)
-    return Prepared(model, layer, x, controls.vector, z, local, state, solution)
-
-
-def per_sample(function: Callable[..., Any], *batched: Tensor) -> Any:
+def _sample_by_sample(function: Callable[..., Any], *batched: Tensor) -> Any:
     """Evaluate sample by sample, by `torch.vmap`.
 
     Returns:
@@ -325,8 +258,30 @@ def _first_order(local: LocalMap, u: Tensor, z: Tensor, x: Tensor) -> _FirstOrde
         return values, values
 
     jacobians = jacrev(with_values, argnums=(0, 1), has_aux=True)
-    ((B, A), (hu, hz)), (fz, y) = per_sample(lambda z, x: jacobians(u, z, x), z, x)
+    ((B, A), (hu, hz)), (fz, y) = _sample_by_sample(lambda z, x: jacobians(u, z, x), z, x)
     return _FirstOrder(A, B, hz, hu, fz, y)
+
+
+def _require_independent(
+    model: nn.Module, x: Tensor, solution: FixedPointSolution, first: _FirstOrder
+) -> None:
+    """Refuse a model whose batch and single samples disagree: (N1) would be another model's.
+
+    Raises:
+        ValueError: If the batch gives other f(z, x) or outputs than the samples one by one.
+    """
+    with torch.no_grad(), find_deq(model).tapped(solution.value) as tap:
+        together = model(x)
+    batched = StateShape.of(solution.value).flatten(tap.fz), together
+    tolerance = 1e3 * torch.finfo(together.dtype).eps
+    for alone, value in zip((first.fz, first.y), batched, strict=True):
+        gap = float((alone - value).abs().max())
+        if not gap <= tolerance * max(1.0, float(value.abs().max())):
+            raise ValueError(
+                f"model mixes the samples of a batch or is random (outputs differ by {gap:.1e} "
+                "when samples go through alone): switch batch statistics and dropout off with "
+                "model.eval()."
+            )
 
 
 def _quadratic_terms(

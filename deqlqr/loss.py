@@ -45,6 +45,11 @@ class Loss:
         Raises:
             ValueError: If shapes, dtypes or label values do not fit.
         """
+        if outputs.dim() != 2:
+            wanted = "classes" if self.name == "cross_entropy" else "k"
+            raise ValueError(
+                f"the model must return (batch, {wanted}), got {tuple(outputs.shape)}."
+            )
         batch = outputs.shape[0]
         if not isinstance(targets, Tensor) or targets.dim() < 1 or targets.shape[0] != batch:
             got = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
@@ -64,11 +69,6 @@ class Loss:
 
 
 def _check_labels(outputs: Tensor, targets: Tensor) -> None:
-    if outputs.dim() != 2:
-        raise ValueError(
-            f"the model must return (batch, classes) for 'cross_entropy', got "
-            f"{tuple(outputs.shape)}."
-        )
     if targets.dim() != 1 or targets.dtype not in (torch.int64, torch.uint8):
         raise ValueError(
             "y must be class labels, int64 of shape (batch,), for 'cross_entropy', got "

@@ -82,6 +82,16 @@ class StepReport:
     iterations: int | None
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Where a step begins: the batch, its linearisation, the parameters, the random numbers."""
+
+    at: Batch
+    local: Local
+    parameters: Tensor
+    random: Tensor
+
+
 @dataclass
 class _Attempt:
     """A change of the parameters, and how it went."""
@@ -275,15 +285,15 @@ class ImplicitNGD(torch.optim.Optimizer):
         self._keep_up_with_freezing()
         at = self._batch(x, y)
         local, rolled_back = self._linearize(at)
-        random = self._random
         first = self.param_groups[0]
         factor = first["damping_factor"] * (self.damping_increase if rolled_back else 1.0)
         before = self.controls.vector
+        start = _Start(at, local, before, self._random)
         checked = (first["step"] + 1) % self.check_every == 0
         rejections: list[str] = []
         while True:
             try:
-                tried = self._attempt(local, at, factor, before, checked, bool(rejections), random)
+                tried = self._attempt(start, factor, checked, bool(rejections))
             except BaseException:
                 self.controls.assign(before)
                 raise
@@ -395,17 +405,9 @@ class ImplicitNGD(torch.optim.Optimizer):
         memory = Memory(first["step"], self._recall("direction"), layers)
         return self.route.local(at, self.divergence, self.linalg_dtype, memory)
 
-    def _attempt(
-        self,
-        local: Local,
-        at: Batch,
-        factor: float,
-        before: Tensor,
-        checked: bool,
-        again: bool,
-        random: Tensor,
-    ) -> _Attempt:
+    def _attempt(self, start: _Start, factor: float, checked: bool, again: bool) -> _Attempt:
         """Solve for u, move the parameters along it, and say whether they may stay there."""
+        local, before = start.local, start.parameters
         direction = local.solve(self._each("damping", factor))
         reason = direction.reason
         if reason is None and not direction.residual <= self.step_tolerance:
@@ -420,33 +422,25 @@ class ImplicitNGD(torch.optim.Optimizer):
         d = self._entries("lr", u) * (u - self._entries("weight_decay", u) * before)  # (O2)
         d, shortened, promised = self._within_reach(local, direction, d, u)
         if self.acceleration and isinstance(local, OutputSpace):
-            d = d + self._acceleration(local, at, d, factor, before, random)
+            d = d + self._acceleration(start, local, d, factor)
         self.controls.try_out(before + d)
         tried = _Attempt(direction, None, shortened, promised)
         if not bool(d.isfinite().all()):
             tried.reason = "the step is not finite"
         elif checked:
-            tried.loss_after, tried.reason = self._checked(at, local, random)
+            tried.loss_after, tried.reason = self._checked(start)
         if tried.reason is None:
             self._remember("velocity", u if bool((momentum > 0).any()) else None)
             if isinstance(self.route, Krylov):
                 self._remember("direction", direction.u)
         return tried
 
-    def _acceleration(
-        self,
-        local: OutputSpace,
-        at: Batch,
-        d: Tensor,
-        factor: float,
-        before: Tensor,
-        random: Tensor,
-    ) -> Tensor:
+    def _acceleration(self, start: _Start, local: OutputSpace, d: Tensor, factor: float) -> Tensor:
         """Return what (W4) adds to d; nothing where it is no small correction."""
-        self.controls.try_out(before + _PROBE * d)
+        self.controls.try_out(start.parameters + _PROBE * d)
         try:
-            with _random_numbers_of(random):
-                after = torch.cat([y for y, _ in at.outputs_now(local.solutions)])
+            with _random_numbers_of(start.random):
+                after = torch.cat([y for y, _ in start.at.outputs_now(local.solutions)])
         except ConvergenceError:
             return torch.zeros_like(d)
         wide = d.to(self.linalg_dtype)
@@ -483,16 +477,16 @@ class ImplicitNGD(torch.optim.Optimizer):
         return d * reach, reach, -(reach * slope + reach**2 * bend / 2)  # (O3)
 
     @torch.no_grad()
-    def _checked(self, at: Batch, local: Local, random: Tensor) -> tuple[float, str | None]:
+    def _checked(self, start: _Start) -> tuple[float, str | None]:
         """Return the loss at the trial parameters, and why they are rejected (or `None`)."""
         try:
-            with _random_numbers_of(random):
+            with _random_numbers_of(start.random):
                 # From the layers' own start: near the last z* a solve may succeed that will not
                 # succeed again.
-                after = at.loss_now()
+                after = start.at.loss_now()
         except ConvergenceError as error:
             return float("nan"), str(error)
-        loss = float(local.loss)
+        loss = float(start.local.loss)
         if not after <= loss + self.max_increase * max(abs(loss), 1e-6):
             return after, f"the loss of the batch rose from {loss:.3e} to {after:.3e}"
         return after, None

@@ -139,12 +139,13 @@ class Sampled(_OfOutputs, Options):
 
 
 @dataclass(frozen=True)
-class Krylov(Options):
+class Krylov(ConjugateGradients):
     """Conjugate gradients on (K2): any divergence, any number of outputs, nothing stored.
 
     Attributes:
         max_steps: Most products with the metric.
-        progress: Smallest gain of the quadratic model per step (K3); 0 switches it off.
+        progress: Smallest gain of the quadratic model per step, relative to all so far (K3); 0
+            switches it off.
         tol: Relative residual that is good enough.
         warm_start: Start from the last step's direction times this; 0 starts from nothing. Not
             used for the Newton divergence.
@@ -153,13 +154,10 @@ class Krylov(Options):
         ValueError: If an option is out of range.
     """
 
-    max_steps: int = 50
-    progress: float = 5e-4
-    tol: float = 1e-8
     warm_start: float = 0.9
 
     def __post_init__(self) -> None:
-        ConjugateGradients(self.max_steps, self.progress, self.tol)
+        super().__post_init__()
         at_least("warm_start", self.warm_start, 0.0)
 
     def refuses(self, model: nn.Module, divergence: Divergence) -> str | None:
@@ -170,10 +168,9 @@ class Krylov(Options):
         """Return the gradient of the batch and products with its metric."""
         if isinstance(divergence, Euclidean):
             return _steepest(at)
-        rules = ConjugateGradients(self.max_steps, self.progress, self.tol)
         warm = self.warm_start > 0 and memory.u is not None and not isinstance(divergence, Newton)
         start = self.warm_start * memory.u if warm and memory.u is not None else None
-        return KrylovSystem(at, divergence, rules, start)
+        return KrylovSystem(at, divergence, self, start)
 
 
 Fisher = Literal["sampled", "exact"]

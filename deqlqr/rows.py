@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deqlqr.sensitivity import Sensitivity
-from deqlqr.uses import Factored, Linear, MatMul, Use, leaves_of
+from deqlqr.uses import Linear, MatMul, leaves_of
 
 _FEW = 16  # entries up to which the Jacobian of a tensor made from parameters is formed
 
@@ -34,6 +34,16 @@ class Outer:
     a: Tensor
     g: Tensor
     transposed: bool
+
+    @staticmethod
+    def of(use: Linear, g: Tensor) -> "Outer":
+        """Return the rows of a use at one position from its g (batch, r, out)."""
+        return Outer(use.a, g, isinstance(use, MatMul))
+
+    @staticmethod
+    def width(use: Linear) -> int:
+        """Return the size of what comes out of a use."""
+        return use.operand.shape[1 if isinstance(use, MatMul) else 0]
 
     def gram(self) -> Tensor:
         """Return (a a')(g g'), `(batch r, batch r)`."""
@@ -128,49 +138,21 @@ class Rows:
                 f"model mixes the samples of a batch ({at.mixing} in training mode): single "
                 "samples have no gradient. Call model.eval(), or take route='krylov'."
             )
-        batch = len(at.outputs)
-        uses_of = defaultdict(list)
-        for i, use in enumerate(at.uses):
-            uses_of[id(use.operand)].append(i)
-        once = {i for places in uses_of.values() if len(places) == 1 for i in places}
-        direct = {id(p) for p in at.controls.parameters}
-        derived = _Derived(at, direct)
-        alone = {
-            i: use for i, use in enumerate(at.uses)
-            if i in once and isinstance(use, (Linear, MatMul)) and _one_position(use)
-            and id(use.operand) in direct and id(use.operand) not in derived.reached
-        }  # fmt: skip
-        kept: dict[int, list[Tensor]] = defaultdict(list)  # g of a use alone, by its number
-        rows: dict[int, list[Tensor]] = defaultdict(list)  # of an operand, by its id
-        for c in cotangents:
-            found = at.cotangents(c)
-            for i, g in enumerate(found):
-                if i in alone:
-                    kept[i].append(_or_zeros(g, alone[i], batch))
-            for key, places in uses_of.items():
-                if places[0] not in alone:
-                    terms = [(at.uses[i], found[i]) for i in places]
-                    rows[key].append(_sum_of_rows(terms, batch))
-        parts: dict[int, Part] = {
-            id(use.operand): Outer(
-                use.inputs()[:, 0], torch.stack(kept[i], 1), isinstance(use, MatMul)
-            )
-            for i, use in alone.items()
-        }
-        chained = derived.chain({key: torch.stack(value, 1) for key, value in rows.items()})
-        shape = (batch, len(cotangents))
+        plan = _Plan(at)
+        pieces = [plan.pieces(at.cotangents(c)) for c in cotangents]
+        found = {key: torch.stack([piece[key] for piece in pieces], 1) for key in plan.uses_of}
+        outer = {key: Outer.of(use, found.pop(key)) for key, use in plan.alone.items()}
+        chained = plan.derived.chain(found)
+        parts: list[Part] = []
         for p in at.controls.parameters:
             key = id(p)
-            if key not in parts:
-                found_rows = [torch.stack(rows[key], 1)] if key in rows else []
-                found_rows += [chained[key]] if key in chained else []
-                whole = (
-                    sum(found_rows[1:], found_rows[0])
-                    if found_rows
-                    else p.new_zeros(*shape, p.numel())
-                )
-                parts[key] = Plain(whole)
-        return Rows(tuple(parts[id(p)] for p in at.controls.parameters), shape)
+            if key in outer:
+                parts.append(outer[key])
+                continue
+            terms = [rows[key] for rows in (found, chained) if key in rows]
+            none = p.new_zeros(1, 1, 1).expand(len(at.outputs), len(cotangents), p.numel())
+            parts.append(Plain(sum(terms[1:], terms[0]) if terms else none))
+        return Rows(tuple(parts), (len(at.outputs), len(cotangents)))
 
     @property
     def sizes(self) -> list[int]:
@@ -222,27 +204,43 @@ class Rows:
         return torch.cat([part.dense() for part in self.parts], dim=-1)
 
 
-def _one_position(use: Factored) -> bool:
-    return isinstance(use, Linear) and use.a.dim() == 2
+class _Plan:
+    """Which uses bring the rows of which parameter.
 
+    Attributes:
+        uses_of: The numbers of the uses of each operand, by its id.
+        derived: The operands that are made from parameters.
+        alone: The use of an operand that has but one, at one position: its rows are g a'..
+    """
 
-def _or_zeros(g: Tensor | None, use: Linear, batch: int) -> Tensor:
-    width = use.operand.shape[1 if isinstance(use, MatMul) else 0]
-    return use.operand.new_zeros(batch, width) if g is None else g
+    def __init__(self, at: Sensitivity) -> None:
+        self.uses, self.batch = at.uses, len(at.outputs)
+        self.uses_of: dict[int, list[int]] = defaultdict(list)
+        for i, use in enumerate(at.uses):
+            self.uses_of[id(use.operand)].append(i)
+        direct = {id(p) for p in at.controls.parameters}
+        self.derived = _Derived(at, direct)
+        self.alone: dict[int, Linear] = {}
+        for key, (first, *others) in self.uses_of.items():
+            use = self.uses[first]
+            only = not others and key in direct - self.derived.reached
+            if only and isinstance(use, Linear) and use.a.dim() == 2:
+                self.alone[key] = use
 
-
-def _sum_of_rows(terms: Sequence[tuple[Use, Tensor | None]], batch: int) -> Tensor:
-    """Return the rows (batch, entries) of an operand, summed over its uses."""
-    total = None
-    for use, g in terms:
-        if g is not None:
-            rows = use.rows(g).reshape(batch, -1)
-            total = rows if total is None else total + rows
-    return (
-        terms[0][0].operand.new_zeros(batch, terms[0][0].operand.numel())
-        if total is None
-        else total
-    )
+    def pieces(self, found: Sequence[Tensor | None]) -> dict[int, Tensor]:
+        """Return g (batch, out) of each operand used alone, else its rows (batch, entries)."""
+        result = {}
+        for key, places in self.uses_of.items():
+            seen = [(self.uses[i], g) for i in places if (g := found[i]) is not None]
+            if key in self.alone:
+                terms = [g for _, g in seen]
+                width = Outer.width(self.alone[key])
+            else:
+                terms = [use.rows(g).reshape(self.batch, -1) for use, g in seen]
+                width = self.uses[places[0]].operand.numel()
+            zero = self.uses[places[0]].operand.new_zeros(self.batch, width)
+            result[key] = sum(terms[1:], terms[0]) if terms else zero
+        return result
 
 
 class _Derived:

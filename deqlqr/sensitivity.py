@@ -52,21 +52,14 @@ class Sensitivity:
 
     def pull(self, c: Tensor) -> Tensor:
         """Return J'c (m,) for cotangents c of the outputs."""
-        grads = torch.autograd.grad(
-            self._y, self.controls.parameters, c, retain_graph=True, allow_unused=True
-        )
-        return self.controls.flatten(dict(zip(self.controls.names, grads, strict=True)))
+        return self.controls.pull(self._y, c)
 
     def push(self, v: Tensor) -> Tensor:
         """Return J v, with the shape of the outputs, for v (m,): the derivative of (J'w)'v in w."""
         if self._pulled is None:
             with torch.enable_grad():
                 w = torch.zeros_like(self._y, requires_grad=True)
-                grads = torch.autograd.grad(
-                    self._y, self.controls.parameters, w, create_graph=True, allow_unused=True
-                )
-                pulled = self.controls.flatten(dict(zip(self.controls.names, grads, strict=True)))
-            self._pulled = pulled, w
+                self._pulled = self.controls.pull(self._y, w, again=True), w
         pulled, w = self._pulled
         (pushed,) = torch.autograd.grad(pulled, w, v, retain_graph=True)
         return pushed

@@ -204,101 +204,79 @@ class Uses(TorchFunctionMode):
             record = _RECORDERS.get(_name(func), Uses._sample_by_sample)
             result = record(self, func, args, kwargs, operands)
         else:
-            if _name(func) == "batch_norm" and _argument(args, kwargs, 5, "training", False):
+            if _name(func) == "batch_norm" and (
+                args[5] if len(args) > 5 else kwargs.get("training")
+            ):
                 self.mixing = "batch_norm"
             result = func(*args, **kwargs)
         self.mark(result)
         return result
 
     def _linear(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
-        a = _argument(args, kwargs, 0, "input")
-        W = _argument(args, kwargs, 1, "weight")
-        bias = _argument(args, kwargs, 2, "bias")
+        a, W, bias = _values(args, kwargs, input=None, weight=None, bias=None)
         if not self._is_data(a) or self._is_data(W) or (bias is not None and self._is_data(bias)):
             return self._sample_by_sample(func, args, kwargs, operands)
-        self._require_batch(func, a)
-        result = func(*args, **kwargs)
-        edge = get_gradient_edge(result)
-        if W.requires_grad:
-            self.found.append(Linear(W, edge, a.detach()))
-        if bias is not None and bias.requires_grad:
-            self.found.append(Shift(bias, edge, -1))
-        return result
+        return self._affine(func, args, kwargs, a, bias, -1, Linear, W, a.detach())
 
     def _matmul(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
         a, W = (*args, *kwargs.values())[:2]
         if not self._is_data(a) or W.dim() != 2 or a.dim() < 2:
             return self._sample_by_sample(func, args, kwargs, operands)
-        self._require_batch(func, a)
-        result = func(*args, **kwargs)
-        self.found.append(MatMul(W, get_gradient_edge(result), a.detach()))
-        return result
+        return self._affine(func, args, kwargs, a, None, -1, MatMul, W, a.detach())
 
     def _conv2d(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        defaults = (None, None, None, 1, 0, 1, 1)
-        a, W, bias, stride, padding, dilation, groups = (
-            _argument(args, kwargs, i, name, default)
-            for i, (name, default) in enumerate(zip(names, defaults, strict=True))
-        )
+        a, W, bias, stride, padding, dilation, groups = _values(
+            args, kwargs, input=None, weight=None, bias=None, stride=1, padding=0, dilation=1,
+            groups=1,
+        )  # fmt: skip
         plain = self._is_data(a) and not self._is_data(W) and groups == 1
         if not plain or isinstance(padding, str) or a.dim() != 4:
             return self._sample_by_sample(func, args, kwargs, operands)
-        self._require_batch(func, a)
-        result = func(*args, **kwargs)
-        edge = get_gradient_edge(result)
-        if W.requires_grad:
-            self.found.append(Conv2d(W, edge, a.detach(), stride, padding, dilation))
-        if bias is not None and bias.requires_grad:
-            self.found.append(Shift(bias, edge, 1))
-        return result
+        window = a.detach(), stride, padding, dilation
+        return self._affine(func, args, kwargs, a, bias, 1, Conv2d, W, *window)
 
     def _group_norm(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
-        a = _argument(args, kwargs, 0, "input")
-        groups = _argument(args, kwargs, 1, "num_groups")
-        affine = [_argument(args, kwargs, i, name) for i, name in ((2, "weight"), (3, "bias"))]
-        eps = _argument(args, kwargs, 4, "eps", 1e-5)
+        a, groups, scale, shift, eps = _values(
+            args, kwargs, input=None, num_groups=None, weight=None, bias=None, eps=1e-5
+        )
         normalised = lambda: F.group_norm(a.detach(), groups, eps=eps)
-        return self._norm(func, args, kwargs, a, affine, normalised, 1)
+        return self._affine(func, args, kwargs, a, shift, 1, Scale, scale, normalised, 1)
 
     def _layer_norm(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
-        a = _argument(args, kwargs, 0, "input")
-        shape = _argument(args, kwargs, 1, "normalized_shape")
-        affine = [_argument(args, kwargs, i, name) for i, name in ((2, "weight"), (3, "bias"))]
-        eps = _argument(args, kwargs, 4, "eps", 1e-5)
-        normalised = lambda: F.layer_norm(a.detach(), shape, eps=eps)
-        return self._norm(func, args, kwargs, a, affine, normalised, -len(shape))
+        a, shape, scale, shift, eps = _values(
+            args, kwargs, input=None, normalized_shape=None, weight=None, bias=None, eps=1e-5
+        )
+        axis, normalised = -len(shape), lambda: F.layer_norm(a.detach(), shape, eps=eps)
+        return self._affine(func, args, kwargs, a, shift, axis, Scale, scale, normalised, axis)
 
     def _batch_norm(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
-        a = _argument(args, kwargs, 0, "input")
-        mean, variance = (
-            _argument(args, kwargs, i, name)
-            for i, name in ((1, "running_mean"), (2, "running_var"))
-        )
-        affine = [_argument(args, kwargs, i, name) for i, name in ((3, "weight"), (4, "bias"))]
-        training = _argument(args, kwargs, 5, "training", False)
-        eps = _argument(args, kwargs, 7, "eps", 1e-5)
+        a, mean, variance, scale, shift, training, _, eps = _values(
+            args, kwargs, input=None, running_mean=None, running_var=None, weight=None, bias=None,
+            training=False, momentum=0.1, eps=1e-5,
+        )  # fmt: skip
         if training:
             self.mixing, mean, variance = "batch_norm", None, None
         normalised = lambda: F.batch_norm(a.detach(), mean, variance, training=training, eps=eps)
-        return self._norm(func, args, kwargs, a, affine, normalised, 1)
+        return self._affine(func, args, kwargs, a, shift, 1, Scale, scale, normalised, 1)
 
-    def _norm(
+    def _affine(
         self,
         func: Any,
         args: tuple,
         kwargs: dict,
         a: Tensor,
-        affine: list[Tensor | None],
-        normalised: Callable[[], Tensor],
+        shift: Tensor | None,
         axis: int,
+        use: Callable[..., Use],
+        operand: Tensor | None,
+        *about: Any,
     ) -> Any:
+        """Apply an operation on a that multiplies by an operand and adds a shift from `axis` on."""
         self._require_batch(func, a)
-        scale, shift = affine
         result = func(*args, **kwargs)
         edge = get_gradient_edge(result)
-        if scale is not None and scale.requires_grad:
-            self.found.append(Scale(scale, edge, normalised, axis))
+        if operand is not None and operand.requires_grad:
+            self.found.append(use(operand, edge, *about))
         if shift is not None and shift.requires_grad:
             self.found.append(Shift(shift, edge, axis))
         return result
@@ -360,8 +338,10 @@ class Uses(TorchFunctionMode):
             raise _refusal(func, f"data of shape {tuple(a.shape)} has not the batch first")
 
 
-def _argument(args: tuple, kwargs: dict, place: int, name: str, default: Any = None) -> Any:
-    return args[place] if place < len(args) else kwargs.get(name, default)
+def _values(args: tuple, kwargs: dict, **defaults: Any) -> list[Any]:
+    """Return the values of an operation's arguments, named in their order with their defaults."""
+    names = list(defaults)[len(args) :]
+    return [*args, *(kwargs.get(name, defaults[name]) for name in names)]
 
 
 def _name(func: Any) -> str:

@@ -134,7 +134,7 @@ def test_a_step_that_loses_the_fixed_point_is_rejected_and_damped():
 
 def test_giving_up_leaves_the_parameters_bit_for_bit(monkeypatch):
     model, opt, x, y = fresh(max_rejections=2)
-    failing = lambda self, at, local, random: (float("nan"), "no fixed point")
+    failing = lambda self, start: (float("nan"), "no fixed point")
     monkeypatch.setattr(ImplicitNGD, "_checked", failing)
     before = Controls(model).vector
     opt.step(x, y)

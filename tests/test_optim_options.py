@@ -187,7 +187,7 @@ def test_parameters_survive_an_error_in_the_middle_of_a_step(monkeypatch):
     model, optimizer, x, y = fresh()
     before = Controls(model).vector
 
-    def interrupted(self, at, local, random):
+    def interrupted(self, start):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ImplicitNGD, "_checked", interrupted)
