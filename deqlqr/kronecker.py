@@ -21,7 +21,7 @@ arXiv:1602.01407 (convolutions); T. George et al. (2018), arXiv:1806.03884 (corr
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from deqlqr.controls import Controls
-from deqlqr.direction import Direction, expanded, promised
+from deqlqr.direction import Direction
 from deqlqr.sensitivity import Sensitivity
 from deqlqr.solver import FixedPointSolution
 from deqlqr.uses import Factored, MatMul, Shift, Use, leaves_of
@@ -194,6 +194,39 @@ class Sites:
                     )
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block of the metric in its eigenvectors, U diag(s) U'.
+
+    Attributes:
+        members: The parameters of a layer, or one that is in no layer.
+        spectrum: s: `(out, columns)`, or of the parameter's shape.
+        basis: U_G and U_A of (K5); `None` for a diagonal block.
+        defect: What these lack in orthogonality.
+    """
+
+    members: tuple[Member, ...]
+    spectrum: Tensor
+    basis: tuple[Tensor, Tensor] | None
+    defect: Tensor | None
+
+    def coordinates(self, named: dict[str, Tensor]) -> Tensor:
+        """Return U'v for values v of the parameters, by name."""
+        if self.basis is None:
+            return named[self.members[0].name]
+        U_G, U_A = self.basis
+        V = torch.cat([member.matrix(named[member.name]) for member in self.members], dim=1)
+        return U_G.mT @ V @ U_A
+
+    def values(self, c: Tensor) -> dict[str, Tensor]:
+        """Return U c, by name."""
+        if self.basis is None:
+            return {self.members[0].name: c}
+        U_G, U_A = self.basis
+        pieces = (U_G @ c @ U_A.mT).split([member.columns for member in self.members], dim=1)
+        return {m.name: m.value(piece) for m, piece in zip(self.members, pieces, strict=True)}
+
+
 class Factors:
     """The moving averages of (K4), and the eigenvectors of (K5).
 
@@ -211,18 +244,16 @@ class Factors:
         self._new: dict[str, dict[str, Tensor]] = defaultdict(dict)
 
     @property
-    def layers(self) -> dict[str, tuple[Member, ...]]:
-        """The parameters of each layer."""
-        found = {}
-        for key, state in self.memory.items():
-            if "A" in state:
-                found[key] = tuple(Member.of(token, self._shapes) for token in key.split("+"))
-        return found
-
-    @property
     def ready(self) -> bool:
         """Whether every layer has its eigenvectors."""
-        return all("U_A" in self.memory[key] for key in self.layers)
+        return all("U_A" in state for state in self.memory.values() if "A" in state)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks of the metric."""
+        for key, state in self.memory.items():
+            members = tuple(Member.of(token, self._shapes) for token in key.split("+"))
+            basis = (state["U_G"], state["U_A"]) if "A" in state else None
+            yield Block(members, self.spectrum(key), basis, state.get("defect"))
 
     @torch.no_grad()
     def see(self, at: Sensitivity, cotangents: Sequence[Tensor], count: int) -> None:
@@ -287,12 +318,14 @@ class Factors:
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute the eigenvectors anew."""
-        for key in self.layers:
-            state = self.memory[key]
+        for state in self.memory.values():
+            if "A" not in state:
+                continue
             weight = float(state["weight"])
             (l_A, U_A), (l_G, U_G) = (_eigen(state[name] / weight) for name in ("A", "G"))
+            defect = torch.maximum(_defect(U_A), _defect(U_G))
             looks = torch.ones((), dtype=torch.float64)
-            state.update(U_A=U_A, U_G=U_G, s=l_G[:, None] * l_A, looks=looks)
+            state.update(U_A=U_A, U_G=U_G, s=l_G[:, None] * l_A, looks=looks, defect=defect)
 
     def spectrum(self, key: str) -> Tensor:
         """Return s of (K5), or the diagonal of a parameter that is in no layer."""
@@ -308,6 +341,13 @@ def _outputs(site: Site, g: Tensor | None) -> Tensor:
         out = use.operand.shape[1 if isinstance(use, MatMul) else 0]
         return a.new_zeros(*a.shape[:2], out)
     return use.outputs(g)
+
+
+def _defect(U: Tensor) -> Tensor:
+    """Return the largest entry of U'U - I."""
+    product = U.mT @ U
+    product.diagonal().sub_(1.0)
+    return product.abs().amax()
 
 
 def _eigen(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,39 +376,37 @@ class KroneckerMetric:
     factors: Factors
 
     def solve(self, shifts: Sequence[float]) -> Direction:
-        """Return u of (K5) for the damping of each parameter, one for each layer."""
+        """Return u of (K5) for the damping of each parameter, one for each layer.
+
+        Its residual is what the eigenvectors lack in orthogonality.
+        """
         g = self.gradient
-        shift = expanded(shifts, self.controls.sizes, g)
         by_name = dict(zip(self.controls.names, shifts, strict=True))
-        u = self._applied(-g, lambda s, names: 1 / (s + _one(by_name, names)), -g / shift)
-        return promised(u, g, self.times(u), shift)
+        named = self.controls.unflatten(g)
+        u = {name: -value / by_name[name] for name, value in named.items()}
+        bends, defects = [g.new_zeros(())], [g.new_zeros(())]
+        for block in self.factors.blocks():
+            c = block.coordinates(named)
+            shift = _one(by_name, tuple(member.name for member in block.members))
+            found = -c / (block.spectrum + shift)  # (K5)
+            bends.append((block.spectrum * found.square()).sum())
+            defects += [] if block.defect is None else [block.defect]
+            u |= block.values(found)
+        flat = self.controls.flatten(u)
+        numbers = torch.stack(defects).amax(), g @ flat, torch.stack(bends).sum()
+        return Direction(flat, *torch.stack(numbers).tolist())
 
     def times(self, v: Tensor) -> Tensor:
         """Return C v."""
-        return self._applied(v, lambda s, _: s, torch.zeros_like(v))
+        named = self.controls.unflatten(v)
+        product: dict[str, Tensor] = {}
+        for block in self.factors.blocks():
+            product |= block.values(block.spectrum * block.coordinates(named))
+        return self.controls.flatten(product)
 
     def metric(self, d: Tensor) -> float:
         """Return d'C d."""
         return float(d @ self.times(d))
-
-    def _applied(
-        self, v: Tensor, function: Callable[[Tensor, tuple[str, ...]], Tensor], others: Tensor
-    ) -> Tensor:
-        """Return a function of C times v; `others` is it where a parameter has no curvature."""
-        named, result = self.controls.unflatten(v), self.controls.unflatten(others)
-        layers, memory = self.factors.layers, self.factors.memory
-        for key, members in layers.items():
-            U_A, U_G = memory[key]["U_A"], memory[key]["U_G"]
-            V = torch.cat([member.matrix(named[member.name]) for member in members], dim=1)
-            weights = function(self.factors.spectrum(key), tuple(m.name for m in members))
-            product = U_G @ (weights * (U_G.mT @ V @ U_A)) @ U_A.mT  # (K5)
-            pieces = product.split([member.columns for member in members], dim=1)
-            for member, piece in zip(members, pieces, strict=True):
-                result[member.name] = member.value(piece)
-        for name in named:
-            if name in memory and name not in layers:
-                result[name] = function(self.factors.spectrum(name), (name,)) * named[name]
-        return self.controls.flatten(result)
 
 
 def _one(shifts: dict[str, float], names: tuple[str, ...]) -> float:

@@ -29,12 +29,8 @@ def pinned(call: Call, uses: Uses) -> Any:
     Returns:
         z*, in the layer's shape.
     """
-    uses.paused = True
-    try:
-        with torch.no_grad():
-            z = call.solve().detach().requires_grad_()
-    finally:
-        uses.paused = False
+    with uses.pausing(), torch.no_grad():
+        z = call.solve().detach().requires_grad_()
     uses.mark(z)
     fz = call.direct(z)
     return call.shape.unflatten(_AtFixedPoint.apply(fz, _Pin(call, z, fz)))

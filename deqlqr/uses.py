@@ -15,7 +15,8 @@ G. Rochette, A. Manoel, E. Tramel (2019), arXiv:1912.06015 (convolutions).
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +181,16 @@ class Uses(TorchFunctionMode):
         self.paused = False
         self._data: dict[int, weakref.ref[Tensor]] = {}
 
+    @contextmanager
+    def pausing(self) -> Generator[None, None, None]:
+        """Within this context nothing is recorded, at no cost."""
+        self.paused = True
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            self.paused = False
+
     def mark(self, values: Any) -> None:
         """Remember the tensors in `values` as data, which is what depends on the sample."""
         for value in tree_leaves(values):
@@ -194,8 +205,6 @@ class Uses(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not any(self._is_data(t) for t in tensors):
             return func(*args, **kwargs)
