@@ -18,7 +18,7 @@ from deqlqr.bench_fixed_point import bench_fixed_point, problems
 from deqlqr.bench_fixed_point import table as fixed_point_table
 from deqlqr.data import DATASETS, load_data
 from deqlqr.equivalence import check_equivalence
-from deqlqr.models import MODELS, make_model
+from deqlqr.models import MODELS, SMALL_MODELS, make_model
 from deqlqr.reproduce import FIGURES, reproduce
 from deqlqr.routes import ROUTES
 from deqlqr.solution import ConvergenceError
@@ -60,13 +60,14 @@ def main() -> None:
 @click.option("--data-root", type=_PATH, help="Folder that holds MNIST/raw (for --data mnist).")
 @click.option(
     "--model", type=click.Choice(MODELS), show_default="dense; conv for mnist",
-    help="Dense tanh block, or the thesis' convolutional block with 12 inner channels.",
+    help="Dense tanh block, or the thesis' convolutional block with 12 inner channels; with a "
+    "small state, or large for routes other than dare.",
 )  # fmt: skip
 @click.option(
     "--optimizer", type=click.Choice(OPTIMIZERS), default=_DEFAULT.optimizer,
-    help="Implicit natural gradient; gradient descent; the same with momentum 0.9; Adam.",
+    help="Implicit natural gradient; gradient descent; the same with momentum 0.9; Adam; L-BFGS.",
 )  # fmt: skip
-@click.option("--lr", type=float, show_default="ingd 1.5, gd 0.3, sgd 0.1, adam 0.01",
+@click.option("--lr", type=float, show_default="ingd 1.5, gd 0.3, sgd 0.1, adam 0.01, lbfgs 1",
               help="Step length.")  # fmt: skip
 @click.option("--damping", type=float, default=_DEFAULT.damping, help="delta of R + delta I.")
 @click.option(
@@ -74,7 +75,15 @@ def main() -> None:
     help="One LQR for the whole batch, or the mean of the samples' own steps.",
 )  # fmt: skip
 @click.option("--route", type=click.Choice(ROUTES), default=_DEFAULT.route,
-              help="How the step is computed: Riccati equation, or output space.")  # fmt: skip
+              help="How the step is computed: Riccati equation; output space, exact or sampled; "
+              "conjugate gradients; Kronecker factors.")  # fmt: skip
+@click.option("--momentum", type=float, default=_DEFAULT.momentum, help="Of the natural gradient.")
+@click.option("--adaptive", is_flag=True, help="Adapt the damping by how the loss followed.")
+@click.option("--acceleration", is_flag=True,
+              help="Geodesic acceleration, for the routes output and sampled.")  # fmt: skip
+@click.option("--trust-region", type=float, help="Most divergence of a step, e.g. 1e-3.")
+@click.option("--check-every", type=int, default=_DEFAULT.check_every,
+              help="Steps between checks of the loss after a step.")  # fmt: skip
 @click.option("--batch-size", type=int, default=_DEFAULT.batch_size, help="Samples of a step.")
 @click.option("--epochs", type=int, default=_DEFAULT.epochs, help="Passes over the data.")
 @click.option("--schedule", type=click.Choice(SCHEDULES), default=_DEFAULT.schedule,
@@ -95,7 +104,11 @@ def main() -> None:
 @_reported
 @click.pass_context
 def train(context: click.Context, **options: Any) -> None:
-    """Train a DEQ; without options: digits, dense model, implicit natural gradient."""
+    """Train a DEQ; without options: digits, dense model, implicit natural gradient.
+
+    With --data sine2d (least squares, float64) the defaults are full batches, 40 epochs, a constant
+    step length of 1, damping 0.1, the route output, adaptive and accelerated.
+    """
     device = _device(options.pop("device"))
     out, resume = options.pop("out"), options.pop("resume")
     if resume is not None:
@@ -106,17 +119,15 @@ def train(context: click.Context, **options: Any) -> None:
         trainer = Trainer(config, folder, device, content)
     else:
         if options["optimizer"] != "ingd":
-            _unused(
-                context, ("damping", "minibatch", "route"), f"--optimizer {options['optimizer']}"
-            )
+            _unused(context, _ONLY_INGD, f"--optimizer {options['optimizer']}")
         if options["data"] != "mnist":
             _unused(context, ("data_root",), f"--data {options['data']}")
-        config = _config(options)
+        config = _config(context, options)
         folder = _new_folder(out, config)
         trainer = Trainer(config, folder, device)
     result = trainer.run()
     click.echo(
-        f"test accuracy {result.accuracy:.2%} after {result.steps} steps, "
+        f"{trainer.judged(result.score)} after {result.steps} steps, "
         f"{result.seconds:.1f} s of training on {device.type}; see {result.folder}"
     )
     if result.interrupted:
@@ -125,7 +136,9 @@ def train(context: click.Context, **options: Any) -> None:
 
 
 @main.command(context_settings={"show_default": True})
-@click.option("--model", type=click.Choice([*MODELS, "all"]), default="all", help="Which model.")
+@click.option(
+    "--model", type=click.Choice([*SMALL_MODELS, "all"]), default="all", help="Which model."
+)
 @click.option("--data", type=click.Choice(DATASETS), default="digits", help="Data set.")
 @click.option("--data-root", type=_PATH, help="Folder that holds MNIST/raw (for --data mnist).")
 @click.option("--samples", type=int, default=4, help="Batch size of the check.")
@@ -148,7 +161,7 @@ def check(
 ) -> None:
     """Compare every route to the same step, in float64; exit status 0 only if every row holds."""
     trained = None
-    names = list(MODELS) if model == "all" else [model]
+    names = list(SMALL_MODELS) if model == "all" else [model]
     if checkpoint is not None:
         _refuse(context, ("model", "data", "seed"), "--checkpoint")
         config, trained, _ = resume_config(checkpoint, None)
@@ -159,7 +172,7 @@ def check(
     x, y = images.train_x[:samples], images.train_y[:samples]
     reports = {}
     for name in names:
-        network = make_model(name, tuple(x.shape[1:]), images.classes, seed=seed)
+        network = make_model(name, tuple(x.shape[1:]), images.outputs, seed=seed)
         if trained is not None:
             _load(network, trained, checkpoint)
         reports[name] = check_equivalence(network, x, y, damping=damping)
@@ -236,10 +249,20 @@ def _sizes(batch: tuple[int, ...], n: tuple[int, ...]) -> tuple[tuple[int, int],
     return tuple(zip(batch, n, strict=True)) or BATCHES + SINGLES
 
 
-_LR = {"ingd": _DEFAULT.lr, "gd": 0.3, "sgd": 0.1, "adam": 0.01}
+_ONLY_INGD = ("damping", "minibatch", "route", "momentum", "adaptive", "acceleration",
+              "trust_region", "check_every")  # fmt: skip
+_LR = {"ingd": _DEFAULT.lr, "gd": 0.3, "sgd": 0.1, "adam": 0.01, "lbfgs": 1.0}
+_LEAST_SQUARES = {"batch_size": 400, "epochs": 40, "schedule": "constant", "log_every": 1}
+_LEAST_SQUARES_INGD = {"lr": 1.0, "damping": 0.1, "route": "output", "adaptive": True,
+                       "acceleration": True}  # fmt: skip
 
 
-def _config(options: dict[str, Any]) -> TrainConfig:
+def _config(context: click.Context, options: dict[str, Any]) -> TrainConfig:
+    if options["data"] == "sine2d":
+        own = _LEAST_SQUARES | (_LEAST_SQUARES_INGD if options["optimizer"] == "ingd" else {})
+        options |= {name: value for name, value in own.items() if not _given(context, name)}
+        if options["route"] not in ("output", "sampled") and not _given(context, "acceleration"):
+            options["acceleration"] = False
     if options["lr"] is None:
         options["lr"] = _LR[options["optimizer"]]
     if options["model"] is None:

@@ -10,13 +10,15 @@ matplotlib.use("Agg")
 
 
 def plot_curves(lines: list[dict[str, Any]], path: str | Path, title: str) -> None:
-    """Draw loss, test accuracy and the certificates of one run's metrics into a PNG."""
+    """Draw loss, test accuracy (or error) and the certificates of one run's metrics into a PNG."""
     steps = [line for line in lines if line["kind"] == "step"]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots(2, 2)
+    error = any("error" in line for line in steps)
+    measure = ("error", "test error", "log") if error else ("accuracy", "test accuracy", "linear")
     panels = (
         ("loss", "training loss (batch)", "log"),
-        ("accuracy", "test accuracy", "linear"),
+        measure,
         ("evaluations", "evaluations of f per sample", "linear"),
         ("closed_loop_radius", "closed-loop spectral radius", "linear"),
     )

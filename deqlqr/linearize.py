@@ -159,7 +159,13 @@ def choose_divergence(loss: LossLike, divergence: DivergenceLike | None) -> Dive
 
 
 def linearize_samples(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Loss, divergence: Divergence
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: Loss,
+    divergence: Divergence,
+    *,
+    max_states: int | None = None,
 ) -> Linearization:
     """Linearise a model at its fixed point, sample by sample (N1).
 
@@ -167,7 +173,8 @@ def linearize_samples(
         A `Linearization`, from which both kinds of minibatch problem are formed.
 
     Raises:
-        ValueError: If data and model do not fit together, or the samples are not independent.
+        ValueError: If data and model do not fit together, the samples are not independent, or a
+            sample has more than `max_states` states.
         ConvergenceError: If a sample has no fixed point.
     """
     layer, controls = find_deq(model), Controls(model)
@@ -180,6 +187,12 @@ def linearize_samples(
     loss.check(outputs, y)
     state, u = StateShape.of(solution.value), controls.vector
     z, local = state.flatten(solution.value), _local_map(model, layer, controls, state)
+    if max_states is not None and z.shape[1] > max_states:
+        raise ValueError(
+            f"x: {z.shape[0]} samples of {z.shape[1]} states are too many for the dense LQR, which "
+            f"takes {max_states} a sample here (Dare(max_states=...)). Take a smaller batch, or "
+            "route 'output', 'sampled', 'krylov' or 'kronecker'."
+        )
     first = _first_order(local, u, z, x)
     _require_independent(model, x, solution, first)
     outputs = first.y.detach().requires_grad_()

@@ -85,7 +85,7 @@ class RiccatiProblem:
 
 
 def linearize_riccati(
-    at: Batch, divergence: Divergence, dtype: torch.dtype, minibatch: Minibatch
+    at: Batch, divergence: Divergence, dtype: torch.dtype, minibatch: Minibatch, max_states: int
 ) -> RiccatiProblem:
     """Linearise the model on a batch, all its chunks together.
 
@@ -93,11 +93,13 @@ def linearize_riccati(
         A `RiccatiProblem`.
 
     Raises:
-        ValueError: If data and model do not fit together, or the samples are not independent.
+        ValueError: If data and model do not fit together, the samples are not independent, or
+            there are more states than `max_states`.
         ConvergenceError: If a sample has no fixed point.
     """
     x, y = (torch.cat(parts) for parts in zip(*at.pieces, strict=True))
-    local = linearize_samples(at.model, x, y, at.loss, divergence)
+    each = max_states // len(x) if minibatch == "exact" else max_states
+    local = linearize_samples(at.model, x, y, at.loss, divergence, max_states=each)
     lqr = local.exact() if minibatch == "exact" else local.per_sample()
     return RiccatiProblem(lqr.to(dtype), local.loss, [local.solution], at.controls.sizes)
 

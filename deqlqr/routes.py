@@ -52,15 +52,19 @@ class Dare(Options):
         minibatch: `"exact"`: one augmented LQR for the whole batch, dense in batch x state size.
             `"per-sample"`: the mean of the samples' own steps, another direction; its DAREs are
             of the state size.
+        max_states: Largest batch x state size (state size, if per sample) it takes on: a DARE of
+            4096 states in float64 takes minutes and gigabytes.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If an option is out of range.
     """
 
     minibatch: Minibatch = "exact"
+    max_states: int = 4096
 
     def __post_init__(self) -> None:
         choice("minibatch", self.minibatch, get_args(Minibatch))
+        count("max_states", self.max_states)
 
     def refuses(self, model: nn.Module, divergence: Divergence) -> str | None:
         """Refuse a model without a layer, or with several: they are no one LQR."""
@@ -74,7 +78,7 @@ class Dare(Options):
 
     def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
         """Return A, B, Q, R, M, a, b of the batch."""
-        return linearize_riccati(at, divergence, dtype, self.minibatch)
+        return linearize_riccati(at, divergence, dtype, self.minibatch, self.max_states)
 
 
 class _OfOutputs:

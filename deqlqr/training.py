@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any, Protocol, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from deqlqr._checks import at_least, choice
+from deqlqr._checks import at_least, choice, count
 from deqlqr.checkpoint import load_checkpoint, save_checkpoint
 from deqlqr.data import DATASETS, load_data
 from deqlqr.deq import find_deq
 from deqlqr.figures import plot_curves
 from deqlqr.linearize import Minibatch
+from deqlqr.loss import make_loss
 from deqlqr.metrics import MetricsFile, read_metrics
 from deqlqr.models import MODELS, check_seed, make_model
 from deqlqr.optim import ImplicitNGD
 from deqlqr.routes import ROUTES, Dare
 from deqlqr.solution import ConvergenceError
 
-OPTIMIZERS = ("ingd", "gd", "sgd", "adam")
+OPTIMIZERS = ("ingd", "gd", "sgd", "adam", "lbfgs")
 SCHEDULES = ("cosine", "constant")
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.jsonl", "curves.png"
 
@@ -41,15 +41,20 @@ class TrainConfig:
     """Everything that determines a run's numbers.
 
     Attributes:
-        data: `"digits"` or `"mnist"`.
+        data: `"digits"`, `"mnist"` or `"sine2d"`.
         data_root: MNIST's folder.
-        model: `"dense"` or `"conv"`.
+        model: One of `MODELS` (see `make_model`).
         optimizer: `"ingd"` (implicit natural gradient), `"gd"` (plain gradient descent), `"sgd"`
-            (momentum 0.9) or `"adam"`.
+            (momentum 0.9), `"adam"` or `"lbfgs"` (20 iterations a step, strong Wolfe line search).
         lr: Step length.
-        damping: delta of R_bar = R + delta I; used by `"ingd"`.
-        minibatch: `"exact"` or `"per-sample"`; used by `"ingd"`.
-        route: `"dare"` or `"output"` (see `ImplicitNGD`); used by `"ingd"`.
+        damping: delta of R_bar = R + delta I; used by `"ingd"` like the next seven.
+        minibatch: `"exact"` or `"per-sample"`, of the route `"dare"`.
+        route: How the step is computed, one of `ROUTES`.
+        momentum: See `ImplicitNGD`, like the next four.
+        adaptive: See there. A step may not raise the loss then.
+        acceleration: See there.
+        trust_region: See there.
+        check_every: See there.
         batch_size: Samples of a step; a last smaller batch of an epoch is left out.
         epochs: Passes over the training data.
         schedule: `"cosine"` lets the step length fall to 0, `"constant"` keeps it.
@@ -68,6 +73,11 @@ class TrainConfig:
     damping: float = 0.5
     minibatch: str = "exact"
     route: str = "dare"
+    momentum: float = 0.0
+    adaptive: bool = False
+    acceleration: bool = False
+    trust_region: float | None = None
+    check_every: int = 1
     batch_size: int = 16
     epochs: int = 5
     schedule: str = "cosine"
@@ -94,13 +104,14 @@ class TrainConfig:
             choice(name, getattr(self, name), allowed)
         for name in ("lr", "damping"):
             at_least(name, getattr(self, name), 0.0, strict=True)
-        for name in ("batch_size", "epochs", "log_every", "eval_size", "train_size", "max_steps"):
+        at_least("momentum", self.momentum, 0.0)
+        if self.trust_region is not None:
+            at_least("trust_region", self.trust_region, 0.0, strict=True)
+        for name in ("batch_size", "epochs", "log_every", "eval_size", "train_size", "max_steps",
+                     "check_every"):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name in ("train_size", "max_steps"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name} must be a whole number, got {value!r}.")
-            at_least(name, value, 1)
+            if value is not None or name not in ("train_size", "max_steps"):
+                count(name, value)
         check_seed(self.seed)
 
     @staticmethod
@@ -123,11 +134,11 @@ class _Stepper(Protocol):
 class GradientStep:
     """A first-order torch optimizer behind the interface of `ImplicitNGD.step`."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: str) -> None:
+        self.model, self.optimizer, self.loss = model, optimizer, make_loss(loss)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take one step; nothing changes if the loss is not finite.
+        """Take one step; nothing changes if the loss before it is not finite.
 
         Returns:
             The loss before the step.
@@ -135,51 +146,77 @@ class GradientStep:
         Raises:
             ConvergenceError: If a sample has no fixed point or the loss is not finite.
         """
-        loss = F.cross_entropy(self.model(x), y)
-        if not bool(loss.isfinite()):
-            raise ConvergenceError(f"the loss is {float(loss.detach())}.")
-        self.optimizer.zero_grad()
-        loss.backward()
+
+        def closure() -> Tensor:
+            loss = self.loss(self.model(x), y)
+            if not bool(loss.isfinite()):
+                raise ConvergenceError(f"the loss is {float(loss.detach())}.")
+            self.optimizer.zero_grad()
+            loss.backward()
+            return loss.detach()
+
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            return torch.as_tensor(self.optimizer.step(closure))
+        loss = closure()
         self.optimizer.step()
-        return loss.detach()
+        return loss
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> tuple[_Stepper, torch.optim.Optimizer]:
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, loss: str
+) -> tuple[_Stepper, torch.optim.Optimizer]:
     """Return the object whose `step(x, y)` trains the model, and the torch optimizer inside."""
     if config.optimizer == "ingd":
         ingd = ImplicitNGD(
             model,
+            loss=loss,
             lr=config.lr,
             damping=config.damping,
             route=Dare(config.minibatch) if config.route == "dare" else config.route,  # type: ignore[arg-type]
+            momentum=config.momentum,
+            adaptive=config.adaptive,
+            acceleration=config.acceleration,
+            trust_region=config.trust_region,
+            check_every=config.check_every,
+            max_increase=0.0 if config.adaptive else 0.1,
         )
         return ingd, ingd
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "adam":
         optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=config.lr)
+    elif config.optimizer == "lbfgs":
+        optimizer = torch.optim.LBFGS(parameters, lr=config.lr, line_search_fn="strong_wolfe")
     else:
         momentum = 0.9 if config.optimizer == "sgd" else 0.0
         optimizer = torch.optim.SGD(parameters, lr=config.lr, momentum=momentum)
-    return GradientStep(model, optimizer), optimizer
+    return GradientStep(model, optimizer, loss), optimizer
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> tuple[float, int]:
-    """Return test accuracy, and how many samples had no fixed point (they count as wrong)."""
+    """Judge a model on a test set.
+
+    Returns:
+        Accuracy for labels y, mean squared error for values y, and how many samples had no fixed
+        point: they count as wrong, and leave no finite error.
+    """
     layer = find_deq(model)
     policy, layer.on_failure = layer.on_failure, "return"
-    right = lost = 0
+    total, lost = 0.0, 0
     try:
         for start in range(0, len(x), batch):
             piece = slice(start, start + batch)
-            predicted = model(x[piece]).argmax(-1)
+            outputs = model(x[piece])
             assert layer.solution is not None  # noqa: S101
             converged = layer.solution.converged
-            right += int(((predicted == y[piece]) & converged).sum())
+            if y.is_floating_point():
+                total += float((outputs - y[piece]).square().mean(-1).sum())
+            else:
+                total += float(((outputs.argmax(-1) == y[piece]) & converged).sum())
             lost += int((~converged).sum())
     finally:
         layer.on_failure = policy
-    return right / len(x), lost
+    return (float("inf") if lost and y.is_floating_point() else total / len(x)), lost
 
 
 @dataclass(frozen=True)
@@ -187,14 +224,14 @@ class TrainResult:
     """How a run ended.
 
     Attributes:
-        accuracy: On the whole test set.
+        score: On the whole test set: accuracy, or mean squared error.
         steps: Steps taken, in all.
         seconds: Seconds of training, evaluation left out.
         interrupted: Whether it was stopped before its end; it can be resumed.
         folder: Where metrics, curves and checkpoint lie.
     """
 
-    accuracy: float
+    score: float
     steps: int
     seconds: float
     interrupted: bool
@@ -229,9 +266,10 @@ class Trainer:
                 f"{config.batch_size}."
             )
         self.data = data.to(device)
-        image = tuple(data.train_x.shape[1:])
-        self.model = make_model(config.model, image, data.classes, seed=config.seed).to(device)
-        self.stepper, self.optimizer = make_optimizer(self.model, config)
+        shape = tuple(data.train_x.shape[1:])
+        self.model = make_model(config.model, shape, data.outputs, seed=config.seed)
+        self.model.to(device, data.train_x.dtype)
+        self.stepper, self.optimizer = make_optimizer(self.model, config, data.loss)
         self.step, self.seconds = 0, 0.0
         if resume is not None:
             self._restore(resume)
@@ -264,7 +302,7 @@ class Trainer:
                     piece = order[index * config.batch_size : (index + 1) * config.batch_size]
                     loss = self._train_step(piece, total)
                     bar.update()
-                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                    bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
                     line = self._line(epoch, loss)
                     logged = self.step % config.log_every == 0 or self.step == total
                     if logged:
@@ -280,8 +318,8 @@ class Trainer:
                 raise
             self.save()
         plot_curves(read_metrics(self.metrics.path), self.folder / CURVES, self._title())
-        accuracy, _ = evaluate(self.model, self.data.test_x, self.data.test_y)
-        return TrainResult(accuracy, self.step, self.seconds, self.step < total, self.folder)
+        score, _ = evaluate(self.model, self.data.test_x, self.data.test_y)
+        return TrainResult(score, self.step, self.seconds, self.step < total, self.folder)
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -294,6 +332,17 @@ class Trainer:
                 "step": self.step,
                 "seconds": self.seconds,
             },
+        )
+
+    @property
+    def measure(self) -> str:
+        """What the test set is judged by: `"accuracy"` or `"error"`."""
+        return "error" if self.data.loss == "mse" else "accuracy"
+
+    def judged(self, score: float) -> str:
+        """Return the score on the test set in words."""
+        return (
+            f"test error {score:.2e}" if self.measure == "error" else f"test accuracy {score:.2%}"
         )
 
     def _restore(self, content: dict[str, Any]) -> None:
@@ -323,11 +372,11 @@ class Trainer:
 
     def _log(self, kind: str, line: dict[str, Any], samples: int) -> str:
         x, y = self.data.test_x[:samples], self.data.test_y[:samples]
-        accuracy, lost = evaluate(self.model, x, y)
-        measured = {"accuracy": accuracy, "test_not_converged": lost}
+        score, lost = evaluate(self.model, x, y)
+        measured = {self.measure: score, "test_not_converged": lost}
         self.metrics.write({"kind": kind} | line | measured)
         return (
-            f"epoch {line['epoch']}: loss {line['loss']:.4f}, test accuracy {accuracy:.2%}, "
+            f"epoch {line['epoch']}: loss {line['loss']:.4g}, {self.judged(score)}, "
             f"{self.seconds:.1f} s" + (f", {lost} test samples without fixed point" if lost else "")
         )
 

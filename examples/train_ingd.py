@@ -20,7 +20,7 @@ STEPS, BATCH = 20, 20
 
 data = load_data("digits")
 torch.manual_seed(0)
-start = nn.Sequential(nn.Flatten(), DEQ(DenseBlock(12, 64)), nn.Linear(12, data.classes))
+start = nn.Sequential(nn.Flatten(), DEQ(DenseBlock(12, 64)), nn.Linear(12, data.outputs))
 order = torch.randperm(len(data.train_x))[: STEPS * BATCH].split(BATCH)
 batches = [(data.train_x[samples], data.train_y[samples]) for samples in order]
 

@@ -7,24 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from deqlqr.data import ImageData, load_data
+from deqlqr.data import Data, load_data
 
 
 @pytest.fixture(scope="module")
-def digits() -> ImageData:
+def digits() -> Data:
     return load_data("digits")
 
 
-def test_digits_have_the_promised_shapes_types_and_range(digits: ImageData) -> None:
+def test_digits_have_the_promised_shapes_types_and_range(digits: Data) -> None:
     for x, y in ((digits.train_x, digits.train_y), (digits.test_x, digits.test_y)):
         assert x.shape == (len(y), 1, 8, 8) and x.dtype == torch.float32
-        assert y.dtype == torch.int64 and set(y.tolist()) == set(range(digits.classes))
+        assert y.dtype == torch.int64 and set(y.tolist()) == set(range(digits.outputs))
     pixels = torch.cat([digits.train_x, digits.test_x])
     assert float(pixels.max() - pixels.min()) == pytest.approx(1.0)
     assert abs(float(digits.train_x.mean())) < 1e-6
 
 
-def test_the_split_of_digits_is_a_partition(digits: ImageData) -> None:
+def test_the_split_of_digits_is_a_partition(digits: Data) -> None:
     from sklearn.datasets import load_digits
 
     original = torch.as_tensor(load_digits().images, dtype=torch.float32)
@@ -36,13 +36,13 @@ def test_the_split_of_digits_is_a_partition(digits: ImageData) -> None:
     assert rows(pixels) == rows(original.flatten(1))
 
 
-def test_digits_are_the_same_every_time(digits: ImageData) -> None:
+def test_digits_are_the_same_every_time(digits: Data) -> None:
     again = load_data("digits")
     for name in ("train_x", "train_y", "test_x", "test_y"):
         assert torch.equal(getattr(digits, name), getattr(again, name))
 
 
-def test_first_keeps_the_first_training_samples_and_the_whole_test_set(digits: ImageData) -> None:
+def test_first_keeps_the_first_training_samples_and_the_whole_test_set(digits: Data) -> None:
     few = digits.first(7)
     assert torch.equal(few.train_x, digits.train_x[:7])
     assert torch.equal(few.train_y, digits.train_y[:7])
@@ -51,7 +51,7 @@ def test_first_keeps_the_first_training_samples_and_the_whole_test_set(digits: I
     assert len(digits.first(len(digits.train_x)).train_x) == len(digits.train_x)
 
 
-def test_first_refuses_a_size_out_of_range(digits: ImageData) -> None:
+def test_first_refuses_a_size_out_of_range(digits: Data) -> None:
     for samples in (0, -1, len(digits.train_x) + 1):
         with pytest.raises(ValueError, match="train_size"):
             digits.first(samples)

@@ -317,6 +317,18 @@ def test_quality_of_the_directions(seed):
         assert quality(found, kron.solve([1e-2] * 6).u, 1e-2) >= 0.77
 
 
+def test_the_dense_route_refuses_what_would_fill_the_memory():
+    (x, y), model = dense_batch(8), dense_model()  # 4 states
+    for route, fits in ((Dare(max_states=31), False), (Dare(max_states=32), True)):
+        optimizer = ImplicitNGD(model, route=route, damping=0.1)
+        if fits:
+            assert float(optimizer.step(x, y)) > 0
+        else:
+            with pytest.raises(ValueError, match="8 samples of 4 states are too many"):
+                optimizer.step(x, y)
+    assert ImplicitNGD(model, route=Dare("per-sample", max_states=4)).step(x, y) > 0
+
+
 def test_least_squares_matches_the_loss():
     """The metric that goes with "mse" is its Gauss-Newton matrix."""
     torch.manual_seed(0)
@@ -346,6 +358,7 @@ def test_what_a_route_cannot_do_is_refused(route, divergence):
         (lambda: Kronecker(fisher="empirical"), "fisher must be one of"),
         (lambda: Kronecker(refresh_every=0), "refresh_every must be"),
         (lambda: Dare("mean"), "minibatch must be one of"),
+        (lambda: Dare(max_states=0), "max_states must be at least 1"),
     ],
 )
 def test_bad_options_are_named(make, message):

@@ -132,8 +132,8 @@ def test_a_config_survives_the_way_through_a_checkpoint() -> None:
 
 def test_a_checkpoint_with_other_options_is_refused() -> None:
     values = asdict(SMALL)
-    with pytest.raises(ValueError, match="momentum"):
-        TrainConfig.from_dict(values | {"momentum": 0.9})
+    with pytest.raises(ValueError, match="nesterov"):
+        TrainConfig.from_dict(values | {"nesterov": 0.9})
     del values["lr"]
     with pytest.raises(ValueError, match="lr"):
         TrainConfig.from_dict(values)
@@ -157,7 +157,7 @@ def test_a_run_writes_metrics_curves_and_checkpoint(
 ) -> None:
     result = run(small(optimizer, epochs=1), tmp_path)
     assert (result.steps, result.interrupted, result.folder) == (5, False, tmp_path)
-    assert 0 <= result.accuracy <= 1 and result.seconds > 0
+    assert 0 <= result.score <= 1 and result.seconds > 0
     lines = read_metrics(tmp_path / METRICS)
     shown = [(line["kind"], line["step"]) for line in lines]
     assert shown == [("step", 2), ("step", 4), ("step", 5), ("epoch", 5)]
@@ -172,7 +172,7 @@ def test_a_run_writes_metrics_curves_and_checkpoint(
             assert line["closed_loop_radius"] is line["damping"] is line["rejections"] is None
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds) and seconds[0] > 0
-    assert lines[-1]["accuracy"] == result.accuracy
+    assert lines[-1]["accuracy"] == result.score
     assert (tmp_path / CURVES).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert matplotlib.image.imread(tmp_path / CURVES).std() > 0.01
     assert load_checkpoint(tmp_path / CHECKPOINT)["step"] == 5
@@ -340,7 +340,7 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     assert not same_state(whole, parts)
     second = resume(parts).run(quiet=True)
     assert (second.interrupted, second.steps) == (False, expected.steps)
-    assert second.accuracy == expected.accuracy and second.seconds > first.seconds
+    assert second.score == expected.score and second.seconds > first.seconds
     assert same_state(whole, parts)
     assert metrics(whole) == metrics(parts)
 
