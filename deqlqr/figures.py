@@ -1,4 +1,4 @@
-"""Figures: training curves of one run, and accuracy by iteration of several."""
+"""Figures: training curves of one run, and a measure by iteration of several."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
+
+_FIRST_ORDER = ("gradient descent", "SGD", "Adam", "L-BFGS")  # drawn thin
 
 
 def plot_curves(lines: list[dict[str, Any]], path: str | Path, title: str) -> None:
@@ -37,25 +39,34 @@ def plot_curves(lines: list[dict[str, Any]], path: str | Path, title: str) -> No
     figure.savefig(path, dpi=120)
 
 
-def plot_accuracy(
-    runs: dict[str, list[dict[str, Any]]], path: str | Path, title: str, target: float
+def plot_runs(
+    runs: dict[str, list[dict[str, Any]]],
+    path: str | Path,
+    title: str,
+    measure: str,
+    target: float,
+    scale: str = "linear",
 ) -> None:
-    """Draw test accuracy by iteration and by seconds, one curve for each named run."""
+    """Draw a measure by iteration and by seconds, one curve for each named run."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for name, lines in runs.items():
         steps = [line for line in lines if line["kind"] == "step"]
-        accuracy = [line["accuracy"] for line in steps]
-        width = 2.2 if name.startswith("implicit") else 1.0
-        left.plot([line["step"] for line in steps], accuracy, label=name, linewidth=width)
-        right.plot([line["seconds"] for line in steps], accuracy, linewidth=width)
+        values = [float("nan") if line[measure] is None else line[measure] for line in steps]
+        ours = not name.startswith(_FIRST_ORDER)
+        style = {"linewidth": 2.0 if ours else 1.2, "linestyle": "-" if ours else "--"}
+        left.plot([line["step"] for line in steps], values, label=name, **style)
+        right.plot([line["seconds"] for line in steps], values, **style)
     for axis, label in ((left, "iteration"), (right, "seconds of training")):
         axis.axhline(target, color="grey", linestyle=":", linewidth=1)
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
     if any(runs.values()):
         right.set_xscale("log")
-    left.set(ylabel="test accuracy")
+        left.set_xscale(scale)
+        left.set_yscale(scale)
+    names = {"accuracy": "test accuracy", "loss": "mean squared error", "error": "test error"}
+    left.set(ylabel=names[measure])
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)

@@ -14,7 +14,12 @@ factors:
     (K5)  u = -U_G [ (U_G' grad U_A) / (s + delta) ] U_A',   s = l_G l_A'
 
 or, corrected, s = E[ (U_G' (sum_p g_p a_p') U_A)^2 ]. A norm's scale and other parameters have the
-diagonal E[(c'dy/du)^2]. All are moving averages.
+diagonal E[(c'dy/du)^2]. Where a model makes a few numbers r from its parameters, as a bound on a
+norm, these couple layers: with V = dr/du
+
+    (K6)  C = (K4) + V' S V,    S = E[ (c'dy/dr)' (c'dy/dr) ]
+
+which Woodbury's formula takes along. A, G, S and the diagonals are moving averages.
 
 Source: J. Martens, R. Grosse (2015), arXiv:1503.05671; R. Grosse, J. Martens (2016),
 arXiv:1602.01407 (convolutions); T. George et al. (2018), arXiv:1806.03884 (corrected).
@@ -29,169 +34,14 @@ import torch
 from torch import Tensor
 
 from deqlqr.controls import Controls
-from deqlqr.direction import Direction
+from deqlqr.direction import Direction, expanded
 from deqlqr.sensitivity import Sensitivity
+from deqlqr.sites import Member, Sites, numbers_of
 from deqlqr.solver import FixedPointSolution
-from deqlqr.uses import Factored, MatMul, Shift, Use, leaves_of
 
 _WIDE = 512  # up to here eigenvalues are computed in float64, above in the type of the factors
+_NUMBERS = ""  # their name in the memory
 Memory = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Member:
-    """A parameter's columns in the matrix of its layer.
-
-    Attributes:
-        name: Its name.
-        shape: Its shape.
-        columns: How many.
-        stored: `"out-in"`, `"in-out"` or `"bias"`.
-    """
-
-    name: str
-    shape: torch.Size
-    columns: int
-    stored: str
-
-    @staticmethod
-    def of(token: str, shapes: dict[str, torch.Size]) -> "Member":
-        """Return the parameter that a token stands for: its name, primed if stored (in, out)."""
-        name = token.removesuffix("'")
-        shape = shapes[name]
-        if len(shape) == 1:
-            return Member(name, shape, 1, "bias")
-        if name != token:
-            return Member(name, shape, shape[0], "in-out")
-        return Member(name, shape, shape[1:].numel(), "out-in")
-
-    @property
-    def token(self) -> str:
-        """What stands for the parameter in the name of its layer."""
-        return self.name + ("'" if self.stored == "in-out" else "")
-
-    def matrix(self, value: Tensor) -> Tensor:
-        """Return a value of the parameter as (out, columns)."""
-        if self.stored == "bias":
-            return value[:, None]
-        return value.mT if self.stored == "in-out" else value.flatten(1)
-
-    def value(self, matrix: Tensor) -> Tensor:
-        """Return a value of the parameter from its columns."""
-        return (matrix.mT if self.stored == "in-out" else matrix).reshape(self.shape)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place where weights and biases act together: their results are added.
-
-    Attributes:
-        members: The parameters.
-        uses: The use of each, and how many times the parameter its operand is.
-    """
-
-    members: tuple[Member, ...]
-    uses: tuple[tuple[Use, float], ...]
-
-    def inputs(self) -> Tensor:
-        """Return [a_1 a_2 ... 1], `(batch, positions, columns)`."""
-        wide = [use.inputs() * s for use, s in self.uses if isinstance(use, Factored)]
-        if len(wide) < len(self.uses):
-            ones = wide[0].new_ones(*wide[0].shape[:2], 1)
-            wide += [ones] * (len(self.uses) - len(wide))
-        return torch.cat(wide, dim=2) if len(wide) > 1 else wide[0]
-
-
-class Sites:
-    """The layers of a model on one batch, and the parameters that are in none.
-
-    Attributes:
-        layers: For each layer (by its members' names, joined) the sites that share its weights.
-        places: For each layer the number of the use whose cotangent each site reads.
-        rest: The uses of each other parameter, by name.
-
-    Raises:
-        ValueError: If a parameter enters in a way that has neither.
-    """
-
-    def __init__(self, at: Sensitivity, found: Sequence[Tensor | None]) -> None:
-        controls = at.controls
-        self._names = {id(p): n for n, p in zip(controls.names, controls.parameters, strict=True)}
-        shapes = dict(zip(controls.names, controls.shapes, strict=True))
-        grouped: dict[Any, list[int]] = defaultdict(list)
-        for i, (use, g) in enumerate(zip(at.uses, found, strict=True)):
-            if isinstance(use, Factored) and g is not None:
-                grouped[g.data_ptr(), g.shape, g.stride()].append(i)
-        count: dict[str, int] = defaultdict(int)
-        owners: dict[int, tuple[str, float]] = {}
-        for i, use in enumerate(at.uses):
-            if isinstance(use, Factored):
-                owners[i] = self._owner(use, controls)
-                count[owners[i][0]] += 1
-        self.layers: dict[str, list[Site]] = defaultdict(list)
-        self.places: dict[str, list[int]] = defaultdict(list)
-        taken: set[int] = set()
-        for places in grouped.values():
-            # A weight used at several sites has its layer to itself.
-            groups = (
-                [places] if all(count[owners[i][0]] == 1 for i in places) else [[i] for i in places]
-            )
-            for group in groups:
-                alone = count[owners[group[0]][0]] == 1
-                biases = self._biases(at.uses, group) if alone else []
-                prime = lambda use: "'" if isinstance(use, MatMul) else ""
-                tokens = [owners[i][0] + prime(at.uses[i]) for i in group]
-                tokens += [self._names[id(at.uses[j].operand)] for j in biases]
-                members = [Member.of(token, shapes) for token in tokens]
-                uses = [(at.uses[i], owners[i][1]) for i in group] + [
-                    (at.uses[j], 1.0) for j in biases
-                ]
-                taken |= set(group) | set(biases)
-                key = "+".join(tokens)
-                self.layers[key].append(Site(tuple(members), tuple(uses)))
-                self.places[key].append(group[0])
-        self.rest: dict[str, list[int]] = defaultdict(list)
-        covered = {m.name for sites in self.layers.values() for m in sites[0].members}
-        for i, use in enumerate(at.uses):
-            name = self._names.get(id(use.operand))
-            if i not in taken and name is not None and name not in covered:
-                self.rest[name].append(i)
-        self._require_all(at, covered | set(self.rest))
-
-    def _owner(self, use: Use, controls: Controls) -> tuple[str, float]:
-        """Return the parameter that a weight is, or is a multiple of, and how many times."""
-        if id(use.operand) in self._names:
-            return self._names[id(use.operand)], 1.0
-        W = use.operand.detach()
-        for leaf in leaves_of(use.operand):
-            if id(leaf) in self._names and leaf.shape == W.shape:
-                V = leaf.detach()
-                scale = float((W * V).sum() / V.square().sum().clamp(min=1e-30))
-                if float((W - scale * V).norm()) <= 1e-4 * float(W.norm()):
-                    return self._names[id(leaf)], scale
-        names = sorted(self._names[id(v)] for v in leaves_of(use.operand) if id(v) in self._names)
-        raise ValueError(
-            f"route='kronecker' has no block for a weight of shape {tuple(W.shape)} made from "
-            f"{', '.join(names)}: take route='sampled' or 'krylov'."
-        )
-
-    def _biases(self, uses: Sequence[Use], group: Sequence[int]) -> list[int]:
-        edges = [uses[i].edge for i in group]
-        return [
-            j for j, use in enumerate(uses)
-            if isinstance(use, Shift) and use.edge in edges and id(use.operand) in self._names
-            and sum(other.operand is use.operand for other in uses) == 1
-        ]  # fmt: skip
-
-    def _require_all(self, at: Sensitivity, covered: set[str]) -> None:
-        for use in at.uses:
-            for leaf in leaves_of(use.operand) if id(use.operand) not in self._names else ():
-                name = self._names.get(id(leaf))
-                if name is not None and name not in covered:
-                    raise ValueError(
-                        f"route='kronecker' has no block for {name!r}, which the model uses only "
-                        "through other tensors: take route='sampled' or 'krylov'."
-                    )
 
 
 @dataclass(frozen=True)
@@ -234,14 +84,15 @@ class Factors:
         memory: Where they are kept, a dictionary for each layer or parameter; the optimizer saves
             it.
         controls: The parameters.
-        decay: Weight of the past in the averages.
+        keep: Weight of the past in the averages at this look.
         corrected: Estimate s itself.
     """
 
-    def __init__(self, memory: Memory, controls: Controls, decay: float, corrected: bool) -> None:
-        self.memory, self.decay, self.corrected = memory, decay, corrected
+    def __init__(self, memory: Memory, controls: Controls, keep: float, corrected: bool) -> None:
+        self.memory, self.keep, self.corrected = memory, keep, corrected
         self._shapes = dict(zip(controls.names, controls.shapes, strict=True))
         self._new: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        self._jacobian: Tensor | None = None
 
     @property
     def ready(self) -> bool:
@@ -251,9 +102,27 @@ class Factors:
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks of the metric."""
         for key, state in self.memory.items():
+            if key == _NUMBERS:
+                continue
             members = tuple(Member.of(token, self._shapes) for token in key.split("+"))
             basis = (state["U_G"], state["U_A"]) if "A" in state else None
             yield Block(members, self.spectrum(key), basis, state.get("defect"))
+
+    def begin(self, at: Sensitivity) -> None:
+        """Take V of (K6) from a chunk of the batch; it is the same for all."""
+        if self._jacobian is None:
+            operands = [at.uses[places[0]].operand for places in numbers_of(at)]
+            rows = [at.controls.pull(entry) for r in operands for entry in r.reshape(-1)]
+            self._jacobian = torch.stack(rows) if rows else at.outputs.new_zeros(0, at.controls.m)
+
+    def coupling(self) -> Tensor:
+        """Return S^(1/2) V of (K6), a row for each number."""
+        assert self._jacobian is not None  # noqa: S101  see `begin`
+        V, state = self._jacobian, self.memory.get(_NUMBERS)
+        if not len(V) or state is None or len(state["S"]) != len(V):
+            return V[:0]
+        values, vectors = _eigen(state["S"] / float(state["weight"]))
+        return values.sqrt()[:, None] * (vectors.mT @ V)
 
     @torch.no_grad()
     def see(self, at: Sensitivity, cotangents: Sequence[Tensor], count: int) -> None:
@@ -277,14 +146,16 @@ class Factors:
                     self._add(key, "A", a.mT @ a / count)
             for key, group in sites.layers.items():
                 pieces = [
-                    _outputs(site, found[i])
-                    for site, i in zip(group, sites.places[key], strict=True)
+                    site.outputs(found[i]) for site, i in zip(group, sites.places[key], strict=True)
                 ]
                 self._see_outputs(key, inputs[key], torch.cat(pieces, 1), share)
             for name, places in sites.rest.items():
                 rows = [at.uses[i].rows(g) for i in places if (g := found[i]) is not None]
                 if rows:
                     self._add(name, "D", torch.stack(rows).sum(0).square().sum(0) * share)
+            if sites.numbers:
+                r = torch.cat([_summed(at, places, found) for places in sites.numbers], 1)
+                self._add(_NUMBERS, "S", r.mT @ r * share)
 
     def _see_outputs(self, key: str, a: Tensor, g: Tensor, share: float) -> None:
         flat = g.flatten(0, 1)
@@ -305,9 +176,9 @@ class Factors:
             if not all(bool(value.isfinite().all()) for value in new.values()):
                 continue
             state = self.memory.setdefault(key, {"weight": torch.zeros((), dtype=torch.float64)})
-            state["weight"] = self.decay * state["weight"] + (1 - self.decay)
+            state["weight"] = self.keep * state["weight"] + (1 - self.keep)
             for what, value in new.items():
-                keep = self.decay
+                keep = self.keep
                 if what == "s":  # which starts as the product of the factors' eigenvalues
                     state["looks"] = state["looks"] + 1
                     keep = min(keep, 1 - 1 / float(state["looks"]))
@@ -333,14 +204,11 @@ class Factors:
         return state["s"] if "s" in state else state["D"] / float(state["weight"])
 
 
-def _outputs(site: Site, g: Tensor | None) -> Tensor:
-    use = next(use for use, _ in site.uses if isinstance(use, Factored))
-    assert isinstance(use, Factored)  # noqa: S101
-    if g is None:
-        a = use.inputs()
-        out = use.operand.shape[1 if isinstance(use, MatMul) else 0]
-        return a.new_zeros(*a.shape[:2], out)
-    return use.outputs(g)
+def _summed(at: Sensitivity, places: Sequence[int], found: Sequence[Tensor | None]) -> Tensor:
+    """Return c'dy/dr (batch, entries) of a tensor r over its uses."""
+    size, batch = at.uses[places[0]].operand.numel(), len(at.outputs)
+    rows = [at.uses[i].rows(g).reshape(batch, size) for i in places if (g := found[i]) is not None]
+    return torch.stack(rows).sum(0) if rows else at.outputs.new_zeros(batch, size)
 
 
 def _defect(U: Tensor) -> Tensor:
@@ -357,52 +225,64 @@ def _eigen(X: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp(min=0.0).to(X.dtype), vectors.to(X.dtype)
 
 
-@dataclass
 class KroneckerMetric:
-    """A gradient, and the metric C of (K4) with its diagonal parts.
+    """A gradient, and the metric C of (K6).
 
     Attributes:
         loss: The mean loss.
         gradient: Its gradient `(m,)`.
         solutions: The forward solves of the model's DEQ layers.
         controls: The parameters.
-        factors: The metric.
+        factors: The blocks of C.
     """
 
-    loss: Tensor
-    gradient: Tensor
-    solutions: Sequence[FixedPointSolution]
-    controls: Controls
-    factors: Factors
+    def __init__(
+        self,
+        loss: Tensor,
+        gradient: Tensor,
+        solutions: Sequence[FixedPointSolution],
+        controls: Controls,
+        factors: Factors,
+    ) -> None:
+        self.loss, self.gradient, self.solutions = loss, gradient, solutions
+        self.controls, self.factors = controls, factors
+        self._blocks, self._coupling = list(factors.blocks()), factors.coupling()
 
     def solve(self, shifts: Sequence[float]) -> Direction:
-        """Return u of (K5) for the damping of each parameter, one for each layer.
+        """Return the step for the damping of each parameter, one for each layer.
 
         Its residual is what the eigenvectors lack in orthogonality.
         """
-        g = self.gradient
         by_name = dict(zip(self.controls.names, shifts, strict=True))
-        named = self.controls.unflatten(g)
-        u = {name: -value / by_name[name] for name, value in named.items()}
-        bends, defects = [g.new_zeros(())], [g.new_zeros(())]
-        for block in self.factors.blocks():
-            c = block.coordinates(named)
-            shift = _one(by_name, tuple(member.name for member in block.members))
-            found = -c / (block.spectrum + shift)  # (K5)
-            bends.append((block.spectrum * found.square()).sum())
-            defects += [] if block.defect is None else [block.defect]
-            u |= block.values(found)
-        flat = self.controls.flatten(u)
-        numbers = torch.stack(defects).amax(), g @ flat, torch.stack(bends).sum()
-        return Direction(flat, *torch.stack(numbers).tolist())
+        g, W = self.gradient, self._coupling
+        u = -self._block_solve(g, by_name)
+        if len(W):
+            Y = torch.stack([self._block_solve(w, by_name) for w in W])
+            small = torch.eye(len(W), dtype=g.dtype, device=g.device) + W @ Y.mT
+            u = u - torch.linalg.solve(small, W @ u) @ Y
+        shift = expanded(shifts, self.controls.sizes, g)
+        defects = [block.defect for block in self._blocks if block.defect is not None]
+        # As (C + D) u = -g: u'C u = -g'u - u'D u.
+        numbers = [max(defects, default=g.new_zeros(())), g @ u, u @ (shift * u)]
+        residual, slope, damped = torch.stack(numbers).tolist()
+        return Direction(u, residual, slope, max(-slope - damped, 0.0))
+
+    def _block_solve(self, v: Tensor, shifts: dict[str, float]) -> Tensor:
+        """Return (K4 + D)^-1 v, by (K5)."""
+        named = self.controls.unflatten(v)
+        x = {name: value / shifts[name] for name, value in named.items()}
+        for block in self._blocks:
+            shift = _one(shifts, tuple(member.name for member in block.members))
+            x |= block.values(block.coordinates(named) / (block.spectrum + shift))
+        return self.controls.flatten(x)
 
     def times(self, v: Tensor) -> Tensor:
         """Return C v."""
         named = self.controls.unflatten(v)
         product: dict[str, Tensor] = {}
-        for block in self.factors.blocks():
+        for block in self._blocks:
             product |= block.values(block.spectrum * block.coordinates(named))
-        return self.controls.flatten(product)
+        return self.controls.flatten(product) + (self._coupling @ v) @ self._coupling
 
     def metric(self, d: Tensor) -> float:
         """Return d'C d."""

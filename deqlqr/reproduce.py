@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deqlqr._checks import at_least
-from deqlqr.figures import plot_accuracy
+from deqlqr.figures import plot_runs
 from deqlqr.metrics import read_metrics
 from deqlqr.solution import ConvergenceError
-from deqlqr.training import CHECKPOINT, METRICS, SCHEDULES, TrainConfig, Trainer, resume_config
+from deqlqr.training import METRICS, SCHEDULES, TrainConfig, finish
 
 FIGURES = ("fig4.1",)
 TARGET = 0.95
@@ -37,14 +35,14 @@ def reproduce(figure: str, data_root: Path, out: Path, steps: int) -> str:
     for name, config in fig4_1_configs(data_root, steps).items():
         folder = out / name.replace(" ", "-").replace(",", "")
         try:
-            _finish(config, folder)
+            finish(config, folder)
         except ConvergenceError as error:
             failures[name] = str(error)
         runs[name] = read_metrics(folder / METRICS)
     summary = {name: _summary(lines) for name, lines in runs.items()}
     line = _verdict(summary, failures)
-    plot_accuracy(runs, out / "fig4.1.png", "MNIST, toy convolutional DEQ block, 12 inner channels",
-                  TARGET)  # fmt: skip
+    title = "MNIST, toy convolutional DEQ block, 12 inner channels"
+    plot_runs(runs, out / "fig4.1.png", title, "accuracy", TARGET)
     content = {"target": TARGET, "runs": summary, "failures": failures, "line": line}
     (out / "fig4.1.json").write_text(json.dumps(content, indent=2) + "\n")
     return line
@@ -77,18 +75,6 @@ def fig4_1_configs(data_root: Path, steps: int) -> dict[str, TrainConfig]:
 
 def _budget(steps: int) -> dict[str, Any]:
     return {"max_steps": steps, "epochs": -(-steps // (_SAMPLES // BATCH))}
-
-
-def _finish(config: TrainConfig, folder: Path) -> None:
-    """Run to the end, from a checkpoint in the folder if there is one."""
-    content = None
-    if (folder / CHECKPOINT).exists():
-        stored, content, _ = resume_config(folder, None)
-        if stored != config:
-            raise ValueError(f"out {str(folder)!r} holds another run; choose another --out.")
-    result = Trainer(config, folder, torch.device("cpu"), content).run()
-    if result.interrupted:
-        raise KeyboardInterrupt
 
 
 def _summary(lines: list[dict[str, Any]]) -> dict[str, Any]:

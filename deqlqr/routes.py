@@ -187,7 +187,8 @@ class Kronecker(_OfOutputs, Options):
     Attributes:
         update_every: Steps between looks at the metric.
         refresh_every: Steps between computations of its eigenvectors, cubic in a layer's width.
-        decay: Weight of the past in the averages, at each look.
+            Both happen at the steps 1, 2, 4, 8, ... too, while the metric changes fast.
+        decay: Weight of the past in the averages, for each step between two looks.
         corrected: Estimate the eigenvalues themselves (EKFAC).
         fisher: `"sampled"`: one random output per example; `"exact"`: all.
         seed: Of the random outputs' generator.
@@ -196,9 +197,9 @@ class Kronecker(_OfOutputs, Options):
         ValueError: If an option is out of range.
     """
 
-    update_every: int = 5
-    refresh_every: int = 20
-    decay: float = 0.95
+    update_every: int = 10
+    refresh_every: int = 50
+    decay: float = 0.98
     corrected: bool = False
     fisher: Fisher = "sampled"
     seed: int = 0
@@ -217,10 +218,13 @@ class Kronecker(_OfOutputs, Options):
             return _steepest(at)
         assert isinstance(divergence, OutputDivergence)  # noqa: S101  see `refuses`
         chosen, generator = divergence, _generator(self.seed, memory.step, at)
-        factors = Factors(memory.layers, at.controls, self.decay, self.corrected)
-        look = memory.step % self.update_every == 0 or not memory.layers
+        keep = self.decay**self.update_every
+        factors = Factors(memory.layers, at.controls, keep, self.corrected)
+        early = memory.step & (memory.step - 1) == 0
+        look = early or memory.step % self.update_every == 0 or not memory.layers
 
         def take(chunk: Chunk) -> None:
+            factors.begin(chunk.at)
             if look:
                 y = chunk.at.outputs
                 root = chosen.root(y) if self.fisher == "exact" else None
@@ -233,7 +237,7 @@ class Kronecker(_OfOutputs, Options):
         loss, gradient, solutions = at.visit(take)
         if look:
             factors.commit()
-        if memory.step % self.refresh_every == 0 or not factors.ready:
+        if early or memory.step % self.refresh_every == 0 or not factors.ready:
             factors.refresh()
         return KroneckerMetric(loss, gradient, solutions, at.controls, factors)
 

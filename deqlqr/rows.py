@@ -18,7 +18,7 @@ from torch import Tensor
 from deqlqr.sensitivity import Sensitivity
 from deqlqr.uses import Linear, MatMul, leaves_of
 
-_FEW = 16  # entries up to which the Jacobian of a tensor made from parameters is formed
+FEW = 16  # entries up to which the Jacobian of a tensor made from parameters is formed
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class _Derived:
 
     def _through(self, operand: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         flat = rows.reshape(-1, *operand.shape)
-        few = operand.numel() < min(_FEW, len(flat))
+        few = operand.numel() < min(FEW, len(flat))
         if few:
             size = operand.numel()
             weights = torch.eye(size, dtype=rows.dtype, device=rows.device)

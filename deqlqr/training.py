@@ -431,6 +431,24 @@ def _interruptible() -> Generator[threading.Event, None, None]:
             signal.signal(number, handler)
 
 
+def finish(config: TrainConfig, folder: Path) -> None:
+    """Run to the end, from a checkpoint in the folder if there is one.
+
+    Raises:
+        ValueError: If the folder holds another run.
+        ConvergenceError: If training cannot go on.
+        KeyboardInterrupt: If it was interrupted.
+    """
+    content = None
+    if (folder / CHECKPOINT).exists():
+        stored, content, _ = resume_config(folder, None)
+        if stored != config:
+            raise ValueError(f"out {str(folder)!r} holds another run; choose another --out.")
+    result = Trainer(config, folder, torch.device("cpu"), content).run()
+    if result.interrupted:
+        raise KeyboardInterrupt
+
+
 def resume_config(path: Path, epochs: int | None) -> tuple[TrainConfig, dict[str, Any], Path]:
     """Return config, content and folder of a checkpoint, given as a file or its folder.
 

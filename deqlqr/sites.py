@@ -1,0 +1,195 @@
+"""Where a model's parameters act together: the layers of the Kronecker-factored metric."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqlqr.controls import Controls
+from deqlqr.rows import FEW
+from deqlqr.sensitivity import Sensitivity
+from deqlqr.uses import Factored, MatMul, Shift, Use, leaves_of
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter's columns in the matrix of its layer.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        columns: How many.
+        stored: `"out-in"`, `"in-out"` or `"bias"`.
+    """
+
+    name: str
+    shape: torch.Size
+    columns: int
+    stored: str
+
+    @staticmethod
+    def of(token: str, shapes: dict[str, torch.Size]) -> "Member":
+        """Return the parameter that a token stands for: its name, primed if stored (in, out)."""
+        name = token.removesuffix("'")
+        shape = shapes[name]
+        if len(shape) == 1:
+            return Member(name, shape, 1, "bias")
+        if name != token:
+            return Member(name, shape, shape[0], "in-out")
+        return Member(name, shape, shape[1:].numel(), "out-in")
+
+    @property
+    def token(self) -> str:
+        """What stands for the parameter in the name of its layer."""
+        return self.name + ("'" if self.stored == "in-out" else "")
+
+    def matrix(self, value: Tensor) -> Tensor:
+        """Return a value of the parameter as (out, columns)."""
+        if self.stored == "bias":
+            return value[:, None]
+        return value.mT if self.stored == "in-out" else value.flatten(1)
+
+    def value(self, matrix: Tensor) -> Tensor:
+        """Return a value of the parameter from its columns."""
+        return (matrix.mT if self.stored == "in-out" else matrix).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where weights and biases act together: their results are added.
+
+    Attributes:
+        members: The parameters.
+        uses: The use of each, and how many times the parameter its operand is.
+    """
+
+    members: tuple[Member, ...]
+    uses: tuple[tuple[Use, float], ...]
+
+    def inputs(self) -> Tensor:
+        """Return [a_1 a_2 ... 1], `(batch, positions, columns)`."""
+        wide = [use.inputs() * s for use, s in self.uses if isinstance(use, Factored)]
+        if len(wide) < len(self.uses):
+            ones = wide[0].new_ones(*wide[0].shape[:2], 1)
+            wide += [ones] * (len(self.uses) - len(wide))
+        return torch.cat(wide, dim=2) if len(wide) > 1 else wide[0]
+
+    def outputs(self, g: Tensor | None) -> Tensor:
+        """Return g as `(batch, positions, out)`; zeros for a site without effect."""
+        use = next(use for use, _ in self.uses if isinstance(use, Factored))
+        if g is not None:
+            return use.outputs(g)
+        a = use.inputs()
+        return a.new_zeros(*a.shape[:2], use.operand.shape[1 if isinstance(use, MatMul) else 0])
+
+
+class Sites:
+    """The layers of a model on one batch, and the parameters that are in none.
+
+    Attributes:
+        layers: For each layer (by its members' names, joined) the sites that share its weights.
+        places: For each layer the number of the use whose cotangent each site reads.
+        rest: The uses of each other parameter, by name.
+        numbers: The uses of the few numbers that are made from parameters.
+
+    Raises:
+        ValueError: If a parameter enters in another way.
+    """
+
+    def __init__(self, at: Sensitivity, found: Sequence[Tensor | None]) -> None:
+        controls = at.controls
+        self._names = {id(p): n for n, p in zip(controls.names, controls.parameters, strict=True)}
+        shapes = dict(zip(controls.names, controls.shapes, strict=True))
+        grouped: dict[Any, list[int]] = defaultdict(list)
+        for i, (use, g) in enumerate(zip(at.uses, found, strict=True)):
+            if isinstance(use, Factored) and g is not None:
+                grouped[g.data_ptr(), g.shape, g.stride()].append(i)
+        count: dict[str, int] = defaultdict(int)
+        owners: dict[int, tuple[str, float]] = {}
+        for i, use in enumerate(at.uses):
+            if isinstance(use, Factored):
+                owners[i] = self._owner(use, controls)
+                count[owners[i][0]] += 1
+        self.layers: dict[str, list[Site]] = defaultdict(list)
+        self.places: dict[str, list[int]] = defaultdict(list)
+        taken: set[int] = set()
+        for places in grouped.values():
+            # A weight used at several sites has its layer to itself.
+            groups = (
+                [places] if all(count[owners[i][0]] == 1 for i in places) else [[i] for i in places]
+            )
+            for group in groups:
+                alone = count[owners[group[0]][0]] == 1
+                biases = self._biases(at.uses, group) if alone else []
+                prime = lambda use: "'" if isinstance(use, MatMul) else ""
+                tokens = [owners[i][0] + prime(at.uses[i]) for i in group]
+                tokens += [self._names[id(at.uses[j].operand)] for j in biases]
+                members = [Member.of(token, shapes) for token in tokens]
+                uses = [(at.uses[i], owners[i][1]) for i in group] + [
+                    (at.uses[j], 1.0) for j in biases
+                ]
+                taken |= set(group) | set(biases)
+                key = "+".join(tokens)
+                self.layers[key].append(Site(tuple(members), tuple(uses)))
+                self.places[key].append(group[0])
+        self.rest: dict[str, list[int]] = defaultdict(list)
+        covered = {m.name for sites in self.layers.values() for m in sites[0].members}
+        for i, use in enumerate(at.uses):
+            name = self._names.get(id(use.operand))
+            if i not in taken and name is not None and name not in covered:
+                self.rest[name].append(i)
+        self.numbers = numbers_of(at)
+        self._require_all(at, covered | set(self.rest))
+
+    def _owner(self, use: Use, controls: Controls) -> tuple[str, float]:
+        """Return the parameter that a weight is, or is a multiple of, and how many times."""
+        if id(use.operand) in self._names:
+            return self._names[id(use.operand)], 1.0
+        W = use.operand.detach()
+        for leaf in leaves_of(use.operand):
+            if id(leaf) in self._names and leaf.shape == W.shape:
+                V = leaf.detach()
+                scale = float((W * V).sum() / V.square().sum().clamp(min=1e-30))
+                if float((W - scale * V).norm()) <= 1e-4 * float(W.norm()):
+                    return self._names[id(leaf)], scale
+        names = sorted(self._names[id(v)] for v in leaves_of(use.operand) if id(v) in self._names)
+        raise _no_block(W, names)
+
+    def _biases(self, uses: Sequence[Use], group: Sequence[int]) -> list[int]:
+        edges = [uses[i].edge for i in group]
+        return [
+            j for j, use in enumerate(uses)
+            if isinstance(use, Shift) and use.edge in edges and id(use.operand) in self._names
+            and sum(other.operand is use.operand for other in uses) == 1
+        ]  # fmt: skip
+
+    def _require_all(self, at: Sensitivity, covered: set[str]) -> None:
+        """Refuse a parameter, or a tensor made from parameters, that has no block."""
+        numbers = {i for places in self.numbers for i in places}
+        for i, use in enumerate(at.uses):
+            if id(use.operand) in self._names or i in numbers:
+                continue
+            names = sorted(self._names.get(id(leaf), "") for leaf in leaves_of(use.operand))
+            if not isinstance(use, Factored) or not set(filter(None, names)) <= covered:
+                raise _no_block(use.operand, names)
+
+
+def numbers_of(at: Sensitivity) -> list[list[int]]:
+    """Return the uses of each tensor of few entries that a model makes from its parameters."""
+    own = {id(p) for p in at.controls.parameters}
+    found: dict[int, list[int]] = defaultdict(list)
+    for i, use in enumerate(at.uses):
+        operand = use.operand
+        if id(operand) not in own and not isinstance(use, Factored) and operand.numel() <= FEW:
+            found[id(operand)].append(i)
+    return list(found.values())
+
+
+def _no_block(operand: Tensor, names: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"route='kronecker' has no block for a weight of shape {tuple(operand.shape)} made from "
+        f"{', '.join(filter(None, names))}: take route='sampled' or 'krylov'."
+    )
