@@ -16,9 +16,12 @@ import deqlqr
 from deqlqr.bench import BATCHES, SINGLES, bench_dare, table
 from deqlqr.bench_fixed_point import bench_fixed_point, problems
 from deqlqr.bench_fixed_point import table as fixed_point_table
+from deqlqr.bench_train import MNIST_MODELS, mnist_race, only, regression_race
 from deqlqr.data import DATASETS, load_data
 from deqlqr.equivalence import check_equivalence
 from deqlqr.models import MODELS, SMALL_MODELS, make_model
+from deqlqr.race import race
+from deqlqr.race import table as race_table
 from deqlqr.reproduce import FIGURES, reproduce
 from deqlqr.routes import ROUTES
 from deqlqr.solution import ConvergenceError
@@ -241,6 +244,55 @@ def bench_dare_command(
         rows = bench_dare(sizes, _device("cpu" if name == "auto" else name).type)
         for line in (json.dumps(asdict(r)) for r in rows) if as_json else table(rows):
             click.echo(line)
+
+
+_SEEDS = click.option("--seeds", type=click.IntRange(1), default=3,
+                     help="Runs of each method at its best options.")  # fmt: skip
+_METHOD = click.option("--method", multiple=True, help="Repeat for several; all if not given.")
+
+
+@bench.command("train", context_settings={"show_default": True})
+@click.option("--data-root", type=_PATH, required=True, help="Folder that holds MNIST/raw.")
+@click.option("--model", type=click.Choice(MNIST_MODELS), default=MNIST_MODELS[0],
+              help="Which model.")  # fmt: skip
+@click.option("--train-size", type=int, help="Use only the first training samples.")
+@click.option("--out", type=_PATH, show_default="runs/race-MODEL", help="Folder for its results; "
+              "finished runs in it are not run again.")  # fmt: skip
+@_SEEDS
+@_METHOD
+@_reported
+def bench_train_command(
+    data_root: Path,
+    model: str,
+    train_size: int | None,
+    out: Path | None,
+    seeds: int,
+    method: tuple[str, ...],
+) -> None:
+    """MNIST: steps and seconds to a test accuracy, every route beside first-order optimizers.
+
+    Each method runs its grid of options on one seed and the best of it on the others. One thread;
+    about an hour.
+    """
+    what = only(mnist_race(model, data_root, train_size=train_size), method)
+    for line in race_table(what, race(what, out or Path(f"runs/race-{model}"), seeds)):
+        click.echo(line)
+
+
+@bench.command("regression", context_settings={"show_default": True})
+@click.option("--out", type=_PATH, default=Path("runs/race-regression"), help="Folder for its "
+              "results; finished runs in it are not run again.")  # fmt: skip
+@_SEEDS
+@_METHOD
+@_reported
+def bench_regression_command(out: Path, seeds: int, method: tuple[str, ...]) -> None:
+    """Least squares to high accuracy: steps and seconds to an error, every route beside others.
+
+    A surface of 400 points, full batch, float64. One thread; about twenty minutes.
+    """
+    what = only(regression_race(), method)
+    for line in race_table(what, race(what, out, seeds)):
+        click.echo(line)
 
 
 def _sizes(batch: tuple[int, ...], n: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

@@ -13,20 +13,20 @@ factors:
 
     (K5)  u = -U_G [ (U_G' grad U_A) / (s + delta) ] U_A',   s = l_G l_A'
 
-or, corrected, s = E[ (U_G' (sum_p g_p a_p') U_A)^2 ]. A norm's scale and other parameters have the
-diagonal E[(c'dy/du)^2]. Where a model makes a few numbers r from its parameters, as a bound on a
-norm, these couple layers: with V = dr/du
+or, corrected, s = E[ (U_G' (sum_p g_p a_p') U_A)^2 ]. The few entries w of norms and other small
+parameters form one full block. So do, with them, the few numbers r that a model makes from its
+parameters (a bound on a norm), which couple layers: with V = dr/du in the layers
 
-    (K6)  C = (K4) + V' S V,    S = E[ (c'dy/dr)' (c'dy/dr) ]
+    (K6)  S = E[ q q' ],  q = [c'dy/dw; c'dy/dr],    C = (K4) + T'S T,  T = [I on w; V]
 
-which Woodbury's formula takes along. A, G, S and the diagonals are moving averages.
+If w has many entries its block is the diagonal E[(c'dy/dw)^2]. A, G, S are moving averages.
 
 Source: J. Martens, R. Grosse (2015), arXiv:1503.05671; R. Grosse, J. Martens (2016),
 arXiv:1602.01407 (convolutions); T. George et al. (2018), arXiv:1806.03884 (corrected).
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,8 @@ from deqlqr.sites import Member, Sites, numbers_of
 from deqlqr.solver import FixedPointSolution
 
 _WIDE = 512  # up to here eigenvalues are computed in float64, above in the type of the factors
-_NUMBERS = ""  # their name in the memory
+_SMALL = 512  # entries up to which all small parameters form one full block
+_JOINT = "&"  # begins, and parts, the names of that block in the memory
 Memory = dict[str, dict[str, Any]]
 
 
@@ -77,8 +78,56 @@ class Block:
         return {m.name: m.value(piece) for m, piece in zip(self.members, pieces, strict=True)}
 
 
+@dataclass(frozen=True)
+class Joint:
+    """The block of small parameters and numbers (K6).
+
+    Attributes:
+        places: Where w lies in u, `(entries,)`.
+        S: `(entries + numbers, entries + numbers)`.
+        V: `(numbers, m)`, zero on w.
+    """
+
+    places: Tensor
+    S: Tensor
+    V: Tensor
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the parts of S: w with w, w with r, r with r."""
+        R = len(self.places)
+        return self.S[:R, :R], self.S[:R, R:], self.S[R:, R:]
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return T'S T v."""
+        M, p, S = self.parts()
+        w, r = v[self.places], self.V @ v
+        product = (p.mT @ w + S @ r) @ self.V
+        product[self.places] = M @ w + p @ r
+        return product
+
+    def solve(self, g: Tensor, shift: Tensor, inner: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return (C + D)^-1 g.
+
+        Args:
+            g: `(m,)`.
+            shift: D, `(m,)`.
+            inner: Applies (K4 + D)^-1 to what lies outside w.
+        """
+        M, p, S = self.parts()
+        R, e = p.shape
+        x = inner(g.index_fill(0, self.places, 0.0))
+        Y = torch.stack([inner(row) for row in self.V]) if e else self.V
+        F = self.V @ Y.mT
+        # Unknown: w, and the change of r.
+        top = torch.cat([M + torch.diag(shift[self.places]), p], 1)
+        low = torch.cat([F @ p.mT, torch.eye(e, dtype=g.dtype, device=g.device) + F @ S], 1)
+        found = torch.linalg.solve(torch.cat([top, low]), torch.cat([g[self.places], self.V @ x]))
+        x = x - (p.mT @ found[:R] + S @ found[R:]) @ Y
+        return x.index_copy(0, self.places, found[:R])
+
+
 class Factors:
-    """The moving averages of (K4), and the eigenvectors of (K5).
+    """The moving averages of (K4) and (K6), and the eigenvectors of (K5).
 
     Args:
         memory: Where they are kept, a dictionary for each layer or parameter; the optimizer saves
@@ -90,9 +139,18 @@ class Factors:
 
     def __init__(self, memory: Memory, controls: Controls, keep: float, corrected: bool) -> None:
         self.memory, self.keep, self.corrected = memory, keep, corrected
+        self.controls = controls
         self._shapes = dict(zip(controls.names, controls.shapes, strict=True))
         self._new: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        self._jacobian: Tensor | None = None
+        self._V: Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter has its block."""
+        names = {member.name for block in self.blocks() for member in block.members}
+        for key in self.memory:
+            names |= set(key.split(_JOINT)) if key.startswith(_JOINT) else set()
+        return names >= set(self._shapes)
 
     @property
     def ready(self) -> bool:
@@ -100,29 +158,45 @@ class Factors:
         return all("U_A" in state for state in self.memory.values() if "A" in state)
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the blocks of the metric."""
+        """Yield the blocks of layers and of single parameters."""
         for key, state in self.memory.items():
-            if key == _NUMBERS:
+            tokens = key.split("+")
+            if key.startswith(_JOINT) or not self._known(tokens):
                 continue
-            members = tuple(Member.of(token, self._shapes) for token in key.split("+"))
-            basis = (state["U_G"], state["U_A"]) if "A" in state else None
-            yield Block(members, self.spectrum(key), basis, state.get("defect"))
+            members = tuple(Member.of(token, self._shapes) for token in tokens)
+            basis = (state["U_G"], state["U_A"]) if "U_A" in state else None
+            if basis is not None or "D" in state:
+                yield Block(members, self.spectrum(key), basis, state.get("defect"))
+
+    def _known(self, tokens: Sequence[str]) -> bool:
+        """Return whether the parameters are trained: some may have been frozen since."""
+        return all(token.removesuffix("'") in self._shapes for token in tokens)
 
     def begin(self, at: Sensitivity) -> None:
         """Take V of (K6) from a chunk of the batch; it is the same for all."""
-        if self._jacobian is None:
+        if self._V is None:
             operands = [at.uses[places[0]].operand for places in numbers_of(at)]
             rows = [at.controls.pull(entry) for r in operands for entry in r.reshape(-1)]
-            self._jacobian = torch.stack(rows) if rows else at.outputs.new_zeros(0, at.controls.m)
+            self._V = torch.stack(rows) if rows else at.outputs.new_zeros(0, at.controls.m)
 
-    def coupling(self) -> Tensor:
-        """Return S^(1/2) V of (K6), a row for each number."""
-        assert self._jacobian is not None  # noqa: S101  see `begin`
-        V, state = self._jacobian, self.memory.get(_NUMBERS)
-        if not len(V) or state is None or len(state["S"]) != len(V):
-            return V[:0]
-        values, vectors = _eigen(state["S"] / float(state["weight"]))
-        return values.sqrt()[:, None] * (vectors.mT @ V)
+    def joint(self) -> Joint | None:
+        """Return the block of small parameters and numbers, if there is one."""
+        assert self._V is not None  # noqa: S101  see `begin`
+        for key, state in self.memory.items():
+            names = key.split(_JOINT)[1:]
+            if key.startswith(_JOINT) and self._known([name for name in names if name]):
+                places = self._places(names)
+                if len(state["S"]) == len(places) + len(self._V):
+                    V = self._V.index_fill(1, places, 0.0)
+                    return Joint(places, state["S"] / float(state["weight"]), V)
+        return None
+
+    def _places(self, names: Sequence[str]) -> Tensor:
+        parts = torch.arange(self.controls.m).split(self.controls.sizes)
+        by_name = dict(zip(self.controls.names, parts, strict=True))
+        none = torch.arange(0)
+        device = self.controls.parameters[0].device
+        return torch.cat([none, *(by_name[name] for name in names if name)]).to(device)
 
     @torch.no_grad()
     def see(self, at: Sensitivity, cotangents: Sequence[Tensor], count: int) -> None:
@@ -149,13 +223,27 @@ class Factors:
                     site.outputs(found[i]) for site, i in zip(group, sites.places[key], strict=True)
                 ]
                 self._see_outputs(key, inputs[key], torch.cat(pieces, 1), share)
-            for name, places in sites.rest.items():
-                rows = [at.uses[i].rows(g) for i in places if (g := found[i]) is not None]
-                if rows:
-                    self._add(name, "D", torch.stack(rows).sum(0).square().sum(0) * share)
-            if sites.numbers:
-                r = torch.cat([_summed(at, places, found) for places in sites.numbers], 1)
-                self._add(_NUMBERS, "S", r.mT @ r * share)
+            self._see_rest(at, sites, found, share)
+
+    def _see_rest(
+        self, at: Sensitivity, sites: Sites, found: Sequence[Tensor | None], share: float
+    ) -> None:
+        """Add to the blocks of the parameters outside the layers."""
+        assert self._V is not None  # noqa: S101  see `begin`
+        rest = {name: _summed(at, places, found) for name, places in sites.rest.items()}
+        names = list(rest) if sum(rows.shape[1] for rows in rest.values()) <= _SMALL else []
+        for name in rest.keys() - set(names):
+            diagonal = rest[name].square().sum(0).view(self._shapes[name])
+            self._add(name, "D", diagonal * share)
+        r = (
+            torch.cat([_summed(at, places, found) for places in sites.numbers], 1)
+            if len(self._V)
+            else at.outputs.new_zeros(len(at.outputs), 0)
+        )
+        if names or len(self._V):
+            w = torch.cat([rest[name] for name in names], 1) if names else r[:, :0]
+            q = torch.cat([w + r @ self._V[:, self._places(names)], r], 1)  # (K6)
+            self._add(_JOINT + _JOINT.join(names), "S", q.mT @ q * share)
 
     def _see_outputs(self, key: str, a: Tensor, g: Tensor, share: float) -> None:
         flat = g.flatten(0, 1)
@@ -246,7 +334,7 @@ class KroneckerMetric:
     ) -> None:
         self.loss, self.gradient, self.solutions = loss, gradient, solutions
         self.controls, self.factors = controls, factors
-        self._blocks, self._coupling = list(factors.blocks()), factors.coupling()
+        self._blocks, self._joint = list(factors.blocks()), factors.joint()
 
     def solve(self, shifts: Sequence[float]) -> Direction:
         """Return the step for the damping of each parameter, one for each layer.
@@ -254,13 +342,9 @@ class KroneckerMetric:
         Its residual is what the eigenvectors lack in orthogonality.
         """
         by_name = dict(zip(self.controls.names, shifts, strict=True))
-        g, W = self.gradient, self._coupling
-        u = -self._block_solve(g, by_name)
-        if len(W):
-            Y = torch.stack([self._block_solve(w, by_name) for w in W])
-            small = torch.eye(len(W), dtype=g.dtype, device=g.device) + W @ Y.mT
-            u = u - torch.linalg.solve(small, W @ u) @ Y
-        shift = expanded(shifts, self.controls.sizes, g)
+        g, shift = self.gradient, expanded(shifts, self.controls.sizes, self.gradient)
+        inner = lambda v: self._block_solve(v, by_name)
+        u = -(inner(g) if self._joint is None else self._joint.solve(g, shift, inner))
         defects = [block.defect for block in self._blocks if block.defect is not None]
         # As (C + D) u = -g: u'C u = -g'u - u'D u.
         numbers = [max(defects, default=g.new_zeros(())), g @ u, u @ (shift * u)]
@@ -282,7 +366,8 @@ class KroneckerMetric:
         product: dict[str, Tensor] = {}
         for block in self._blocks:
             product |= block.values(block.spectrum * block.coordinates(named))
-        return self.controls.flatten(product) + (self._coupling @ v) @ self._coupling
+        flat = self.controls.flatten(product)
+        return flat if self._joint is None else flat + self._joint.times(v)
 
     def metric(self, d: Tensor) -> float:
         """Return d'C d."""

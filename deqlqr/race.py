@@ -163,7 +163,10 @@ def _row(
     what: Race, method: str, grid: Sequence[Options], folder: Path, seeds: int
 ) -> tuple[Row, list[dict[str, Any]]]:
     tried = [_run(what, options, folder / f"{i}-0", 0) for i, options in enumerate(grid)]
-    best = min(range(len(grid)), key=lambda i: tried[i][0].rank)
+    sign = -1 if what.rising else 1
+    worst = float("inf")
+    score = lambda run: (*run.rank, worst if run.best is None else sign * run.best)
+    best = min(range(len(grid)), key=lambda i: score(tried[i][0]))
     first, lines = tried[best]
     others = [
         _run(what, grid[best], folder / f"{best}-{seed}", seed)[0] for seed in range(1, seeds)
@@ -174,7 +177,7 @@ def _row(
 def _run(what: Race, options: Options, folder: Path, seed: int) -> tuple[Run, list[dict[str, Any]]]:
     failure = None
     try:
-        finish(TrainConfig(**{**what.common, **options, "seed": seed}), folder)
+        finish(TrainConfig(**{**what.common, **options, "seed": seed}), folder, quiet=True)
     except ConvergenceError as error:
         failure = str(error)
     lines = [line for line in read_metrics(folder / METRICS) if line["kind"] == "step"]

@@ -221,7 +221,7 @@ class Kronecker(_OfOutputs, Options):
         keep = self.decay**self.update_every
         factors = Factors(memory.layers, at.controls, keep, self.corrected)
         early = memory.step & (memory.step - 1) == 0
-        look = early or memory.step % self.update_every == 0 or not memory.layers
+        look = early or memory.step % self.update_every == 0 or not factors.complete
 
         def take(chunk: Chunk) -> None:
             factors.begin(chunk.at)

@@ -431,8 +431,8 @@ def _interruptible() -> Generator[threading.Event, None, None]:
             signal.signal(number, handler)
 
 
-def finish(config: TrainConfig, folder: Path) -> None:
-    """Run to the end, from a checkpoint in the folder if there is one.
+def finish(config: TrainConfig, folder: Path, *, quiet: bool = False) -> None:
+    """Run to the end, from a checkpoint in the folder if there is one; quiet prints nothing.
 
     Raises:
         ValueError: If the folder holds another run.
@@ -444,7 +444,7 @@ def finish(config: TrainConfig, folder: Path) -> None:
         stored, content, _ = resume_config(folder, None)
         if stored != config:
             raise ValueError(f"out {str(folder)!r} holds another run; choose another --out.")
-    result = Trainer(config, folder, torch.device("cpu"), content).run()
+    result = Trainer(config, folder, torch.device("cpu"), content).run(quiet=quiet)
     if result.interrupted:
         raise KeyboardInterrupt
 

@@ -263,6 +263,66 @@ def test_the_corrected_eigenvalues_are_those_of_the_rows():
     assert relative(found.factors.spectrum(next(iter(memory.layers))), diagonal) < 1e-6
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_norms_and_the_numbers_made_of_parameters_are_exact_together(scaled):
+    """Without layers of weights the Kronecker metric is the metric itself, bound and all."""
+    model, (x, y) = exact(conv_model()), conv_batch(12)
+    for name, p in model.named_parameters():
+        p.requires_grad_("norm" in name)
+    if not scaled:
+        model[1].block.max_lipschitz = None
+        with torch.no_grad():
+            model[1].block.norm3.weight *= 0.3  # a contraction without the bound
+    assert model[1].block.lipschitz_bound().item() > 0.9 or not scaled
+    route = Kronecker(fisher="exact", update_every=1)
+    ours = local(route, model, x.double(), y, CategoricalKL())
+    exact_one = local(Output(), model, x.double(), y, CategoricalKL())
+    shifts = [0.01 * (i + 1) for i in range(6)]
+    assert relative(ours.solve(shifts).u, exact_one.solve(shifts).u) < 1e-8
+    v = randn(Controls(model).m)
+    assert ours.metric(v) == pytest.approx(exact_one.metric(v), rel=1e-8)
+    assert ours.solve(shifts).curvature == pytest.approx(exact_one.solve(shifts).curvature, 1e-8)
+
+
+def test_the_bound_of_a_block_is_seen_by_its_convolutions():
+    """The output depends on the weights through the bound more than directly."""
+    model, (x, y) = exact(conv_model()), conv_batch(12)
+    x = x.double()
+    found = local(Kronecker(fisher="exact"), model, x, y, CategoricalKL())
+    true = local(Output(), model, x, y, CategoricalKL())
+    radial = {n: p.detach() * (".conv" in n) for n, p in model.named_parameters()}
+    d = Controls(model).flatten(radial)
+    assert 0.3 < found.metric(d) / true.metric(d) < 3
+    blind = sum(float((block.spectrum * block.coordinates(radial).square()).sum())
+                for block in found.factors.blocks())  # fmt: skip
+    assert blind < 0.5 * true.metric(d)
+    # The step solves the coupled equations.
+    step = found.solve([0.1] * len(radial))
+    left = found.times(step.u) + 0.1 * step.u
+    assert relative(left, -found.gradient) < 1e-9
+
+
+def test_many_small_parameters_have_a_diagonal_and_still_the_coupling(monkeypatch):
+    monkeypatch.setattr("deqlqr.kronecker._SMALL", 4)
+    model, (x, y) = exact(conv_model()), conv_batch(12)
+    found = local(Kronecker(fisher="exact"), model, x.double(), y, CategoricalKL())
+    step = found.solve([0.1] * len(Controls(model).names))
+    assert relative(found.times(step.u) + 0.1 * step.u, -found.gradient) < 1e-9
+
+
+def test_a_layer_frozen_or_freed_on_the_way_is_looked_at_again():
+    model, (x, y) = dense_model(), dense_batch(12)
+    optimizer = ImplicitNGD(model, damping=0.1, route=Kronecker(update_every=100))
+    optimizer.step(x, y)
+    held = model[0].weight.clone()
+    for layer, wanted in ((model[0], False), (model[0], True)):
+        layer.requires_grad_(wanted)
+        for _ in range(3):
+            optimizer.step(x, y)
+        assert optimizer.last_step.accepted
+        assert torch.equal(model[0].weight, held) != wanted
+
+
 class Squared(nn.Module):
     def __init__(self):
         super().__init__()
