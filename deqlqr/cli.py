@@ -81,8 +81,13 @@ def main() -> None:
               help="How the step is computed: Riccati equation; output space, exact or sampled; "
               "conjugate gradients; Kronecker factors.")  # fmt: skip
 @click.option("--momentum", type=float, default=_DEFAULT.momentum, help="Of the natural gradient.")
-@click.option("--adaptive", is_flag=True, help="Adapt the damping by how the loss followed.")
-@click.option("--acceleration", is_flag=True,
+@click.option(
+    "--adaptive",
+    is_flag=True,
+    default=_DEFAULT.adaptive,
+    help="Adapt the damping by how the loss followed.",
+)
+@click.option("--acceleration", is_flag=True, default=_DEFAULT.acceleration,
               help="Geodesic acceleration, for the routes output and sampled.")  # fmt: skip
 @click.option("--trust-region", type=float, help="Most divergence of a step, e.g. 1e-3.")
 @click.option("--check-every", type=int, default=_DEFAULT.check_every,

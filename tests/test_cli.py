@@ -172,6 +172,21 @@ def test_a_run_goes_into_an_empty_or_new_folder() -> None:
         assert "after 1 steps" in result.stdout and result.stdout.strip().endswith(out)
 
 
+def test_least_squares_has_defaults_of_its_own(no_figures: None) -> None:
+    result = call("train", "--data", "sine2d", "--max-steps", 2, "--out", "run")
+    assert result.exit_code == 0, result.output
+    assert "test error" in result.stdout
+    config = load_checkpoint(Path("run", CHECKPOINT))["config"]
+    chosen = {"route": "output", "adaptive": True, "acceleration": True, "batch_size": 400}
+    assert config.items() >= {**chosen, "schedule": "constant", "lr": 1.0}.items()
+    args = ["--data", "sine2d", "--max-steps", 1, "--route", "sampled", "--lr", 0.5]
+    assert call("train", *args, "--out", "own").exit_code == 0
+    assert load_checkpoint(Path("own", CHECKPOINT))["config"]["lr"] == 0.5
+    adam = ["--data", "sine2d", "--max-steps", 1, "--optimizer", "adam", "--out", "adam"]
+    assert call("train", *adam).exit_code == 0
+    assert load_checkpoint(Path("adam", CHECKPOINT))["config"]["lr"] == 0.01
+
+
 def test_default_folders_are_numbered_and_none_is_used_twice(no_figures: None) -> None:
     for _ in range(3):
         assert call("train", *FAST, "--max-steps", 1).exit_code == 0
@@ -363,6 +378,10 @@ def test_check_refuses_a_value_out_of_range(name: str, value: str) -> None:
     [
         (["--optimizer", "gd", "--damping", "1"], "--damping has no effect with --optimizer gd"),
         (["--data-root", "x"], "--data-root has no effect with --data digits"),
+        (["--optimizer", "adam", "--adaptive"], "--adaptive has no effect with --optimizer adam"),
+        (["--data", "sine2d", "--model", "conv"], "model 'conv' takes images"),
+        (["--data", "sine2d", "--route", "dare"], "400 samples of 32 states are too many"),
+        (["--route", "krylov", "--acceleration"], "acceleration needs route 'output' or 'sampled'"),
     ],
 )
 def test_an_option_without_effect_is_refused(arguments, message):

@@ -57,6 +57,18 @@ def test_first_refuses_a_size_out_of_range(digits: Data) -> None:
             digits.first(samples)
 
 
+def test_the_surface_is_the_promised_one() -> None:
+    data = load_data("sine2d")
+    assert data.train_x.shape == (400, 2) and data.test_x.shape == (1000, 2)
+    assert data.train_y.shape == (400, 1) and data.loss == "mse" and data.outputs == 1
+    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
+        x1, x2 = x.unbind(1)
+        assert x.dtype == y.dtype == torch.float64 and float(x.abs().max()) <= 1
+        expected = torch.sin(3 * x1) * torch.cos(2 * x2) + 0.3 * x1 * x2
+        assert torch.allclose(y[:, 0], expected, atol=1e-14)
+    assert len(torch.unique(data.train_x, dim=0)) == 400
+
+
 def test_an_unknown_data_set_is_refused() -> None:
     with pytest.raises(ValueError, match="data .*'cifar'"):
         load_data("cifar")

@@ -33,7 +33,7 @@ from deqlqr.training import (
 
 # 40 samples in batches of 8: 5 steps an epoch.
 SMALL = TrainConfig(batch_size=8, train_size=40, epochs=2, log_every=2, eval_size=20)
-RATE = {"ingd": 0.5, "gd": 0.3, "sgd": 0.1, "adam": 0.01}
+RATE = {"ingd": 0.5, "gd": 0.3, "sgd": 0.1, "adam": 0.01, "lbfgs": 1.0}
 
 
 @pytest.fixture
@@ -111,6 +111,9 @@ def interrupt() -> None:
     [
         *[(name, "no such") for name in ("data", "model", "optimizer", "minibatch", "schedule")],
         ("route", "krylof"),
+        *[("momentum", v) for v in (-1.0, "x")],
+        *[("trust_region", v) for v in (0.0, -1.0, math.inf)],
+        *[("check_every", v) for v in (0, 2.5, None)],
         *[(n, v) for n in ("lr", "damping") for v in (0.0, -1.0, math.nan, math.inf, "x")],
         *[
             (n, v)
@@ -482,6 +485,69 @@ def test_a_gradient_step_with_an_infinite_loss_changes_nothing(tmp_path: Path) -
     with pytest.raises(ConvergenceError, match="loss is"):
         trainer.stepper.step(trainer.data.train_x[:8], trainer.data.train_y[:8])
     assert same(before, dict(trainer.model.state_dict()))
+
+
+# --- least squares ---------------------------------------------------------------------------
+
+SURFACE = TrainConfig(
+    data="sine2d", train_size=60, batch_size=60, epochs=4, schedule="constant", log_every=1
+)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_least_squares_are_trained_by_every_optimizer(
+    tmp_path: Path, figures: None, optimizer: str
+) -> None:
+    natural = {"route": "output", "adaptive": True, "acceleration": True, "damping": 0.1}
+    rate = {"ingd": 1.0, "lbfgs": 1.0}.get(optimizer, 0.01)
+    options = natural if optimizer == "ingd" else {}
+    result = run(replace(SURFACE, optimizer=optimizer, lr=rate, **options), tmp_path)
+    lines = read_metrics(tmp_path / METRICS)
+    losses = [line["loss"] for line in lines]
+    assert losses[-1] < losses[0] and lines[-1]["error"] == result.score
+    assert "accuracy" not in lines[0] and matplotlib.image.imread(tmp_path / CURVES).std() > 0.01
+    trainer = start(SURFACE, tmp_path / "other")
+    assert trainer.data.train_x.dtype == torch.float64
+    assert next(trainer.model.parameters()).dtype == torch.float64
+    assert sum(p.numel() for p in trainer.model.parameters()) == 1185
+
+
+def test_the_error_on_the_test_set_is_the_mean_square_and_a_lost_sample_makes_it_infinite() -> None:
+    data = load_data("sine2d")
+    model = make_model("dense", (2,), 1).double()
+    x, y = data.test_x[:30].clone(), data.test_y[:30]
+    with torch.no_grad():
+        expected = float((model(x) - y).square().mean())
+    assert evaluate(model, x, y, batch=7) == (pytest.approx(expected), 0)
+    x[3] = math.nan
+    assert evaluate(model, x, y, batch=7) == (math.inf, 1)
+
+
+@pytest.mark.parametrize("optimizer", ["ingd", "lbfgs"])
+def test_an_interrupted_run_of_least_squares_goes_on_to_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    natural = {"route": "sampled", "adaptive": True, "damping": 0.1, "momentum": 0.5}
+    options = natural if optimizer == "ingd" else {}
+    config = replace(SURFACE, optimizer=optimizer, lr=1.0, **options)
+    run(config, tmp_path / "whole")
+    trainer = start(config, tmp_path / "cut")
+    disturb(trainer, monkeypatch, 2, interrupt)
+    assert trainer.run(quiet=True).interrupted
+    monkeypatch.undo()
+    monkeypatch.setattr("deqlqr.training.plot_curves", lambda *_: None)
+    resume(tmp_path / "cut").run(quiet=True)
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("model", ["dense-large", "conv-large"])
+@pytest.mark.parametrize("route", ["output", "sampled", "krylov", "kronecker"])
+def test_large_models_train_by_every_route_but_the_dense_one(
+    tmp_path: Path, model: str, route: str
+) -> None:
+    config = small(model=model, route=route, trust_region=1e-2, max_steps=3)
+    assert run(config, tmp_path).steps == 3
+    assert all(line["rejections"] == 0 for line in read_metrics(tmp_path / METRICS))
 
 
 # --- evaluation and metrics file -------------------------------------------------------------
