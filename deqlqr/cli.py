@@ -16,6 +16,8 @@ import deqlqr
 from deqlqr.bench import BATCHES, SINGLES, bench_dare, table
 from deqlqr.bench_fixed_point import bench_fixed_point, problems
 from deqlqr.bench_fixed_point import table as fixed_point_table
+from deqlqr.bench_step import bench_step
+from deqlqr.bench_step import table as step_table
 from deqlqr.bench_train import MNIST_MODELS, mnist_race, only, regression_race
 from deqlqr.data import DATASETS, load_data
 from deqlqr.equivalence import check_equivalence
@@ -249,6 +251,24 @@ def bench_dare_command(
         rows = bench_dare(sizes, _device("cpu" if name == "auto" else name).type)
         for line in (json.dumps(asdict(r)) for r in rows) if as_json else table(rows):
             click.echo(line)
+
+
+@bench.command("step", context_settings={"show_default": True})
+@click.option("--batch", type=click.IntRange(1), default=64, help="Samples of a step.")
+@click.option("--side", type=click.IntRange(4), default=14, help="Pixels of the state, a side.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="cpu",
+              help="auto takes CUDA where there is one.")  # fmt: skip
+@click.option("--bf16", is_flag=True, help="Under bfloat16 autocast.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each row.")
+@_reported
+def bench_step_command(batch: int, side: int, device: str, bf16: bool, as_json: bool) -> None:
+    """Time and memory of a step by each route, over those of gradient descent.
+
+    The thesis' convolutional block with 8 channels, 12 inner. One thread on the CPU.
+    """
+    rows = bench_step(batch, side, str(_device(device)), half=bf16)
+    for line in (json.dumps(asdict(r)) for r in rows) if as_json else step_table(rows):
+        click.echo(line)
 
 
 _SEEDS = click.option("--seeds", type=click.IntRange(1), default=3,
