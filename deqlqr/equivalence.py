@@ -23,13 +23,15 @@ from deqlqr.batch import Batch
 from deqlqr.controls import Controls
 from deqlqr.dare import spectral_radius
 from deqlqr.deq import DEQ, find_deq
+from deqlqr.direction import Local
 from deqlqr.divergence import Divergence, DivergenceLike, Euclidean, Newton, OutputDivergence
 from deqlqr.fixed_point import fixed_point
+from deqlqr.kronecker import KroneckerMetric, dense_metric
 from deqlqr.linearize import choose_divergence, linearize_samples
 from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
 from deqlqr.riccati import solve_dare
-from deqlqr.routes import Krylov, Memory, Output
+from deqlqr.routes import Kronecker, Krylov, Memory, Output, Route, Sampled
 from deqlqr.solution import ConvergenceError
 from deqlqr.solvers import Anderson, Picard
 from deqlqr.steady_state import curvature, static_step, steady_state
@@ -38,7 +40,7 @@ _GRADIENT_TOLERANCE = 1e-9
 _STEP_TOLERANCE = 1e-7
 _TIGHT = Krylov(max_steps=2000, progress=0.0, tol=1e-11)
 
-Route = Tensor | Callable[[], Tensor]  # a vector, or what computes it and may fail
+Vector = Tensor | Callable[[], Tensor]  # a vector, or what computes it and may fail
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def check_equivalence(
         >>> model = nn.Sequential(DEQ(DenseBlock(3)), nn.Linear(3, 2))
         >>> report = check_equivalence(model, torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
         >>> report.passed, len(report.rows)
-        (True, 10)
+        (True, 12)
     """
     damping = at_least("damping", damping, 0.0, strict=True)
     chosen = choose_divergence(loss, divergence)
@@ -269,29 +271,72 @@ class _Check:
             rows.append(row("DARE steady state", "output space (W3)", dare, output))
             krylov = lambda: self._step_by(_TIGHT, divergence)
             rows.append(row("DARE steady state", "conjugate gradients (K2)", dare, krylov))
+            rows += self._estimate_rows(row, divergence)
         rows.append(self._tied_row(name, lqr, static))
         return rows
 
-    def _step_by(self, route: Output | Krylov, divergence: OutputDivergence) -> Tensor:
-        """Return the step of `ImplicitNGD` by a route."""
+    def _estimate_rows(
+        self, row: Callable[..., EquivalenceRow], divergence: OutputDivergence
+    ) -> list[EquivalenceRow]:
+        """Return the rows of the routes with a metric of their own, each beside it, explicit."""
+        names = "sampled outputs (W3)", "Kronecker factors (K5)"
+        try:
+            kron = self._local(Kronecker(), divergence)
+        except ValueError as error:  # a model that it has no blocks for
+            skip = lambda error=error: _raise(_Skip(str(error)))
+            products = row(names[1], "explicit Kronecker products, dense", skip, skip)
+        else:
+            assert isinstance(kron, KroneckerMetric)  # noqa: S101
+            explicit = lambda: self._damped(dense_metric(kron.factors))
+            products = row(
+                names[1], "explicit Kronecker products, dense", lambda: self._solved(kron), explicit
+            )
+        sampled = lambda: self._step_by(Sampled(), divergence)
+        same = lambda: self._explicit_step(divergence, sampled=True)
+        return [row(names[0], "explicit metric of the same samples", sampled, same), products]
+
+    def _local(self, route: Route, divergence: OutputDivergence) -> Local:
         at = Batch(self.model, self.controls, self.loss, [(self.x, self.y)])
-        local = route.local(at, divergence, torch.float64, Memory())
+        return route.local(at, divergence, torch.float64, Memory())
+
+    def _solved(self, local: Local) -> Tensor:
         u = local.solve([self.damping] * len(self.controls.parameters)).u
         assert u is not None  # noqa: S101
         return u
 
-    def _explicit_step(self, divergence: OutputDivergence) -> Tensor:
-        """Return -(J'Lambda J / batch + delta I)^-1 g with J = dy/du by autograd."""
-        m = self.controls.m
-        if m > self.limit:
-            raise _Skip(f"m = {m} is above max_controls = {self.limit}")
+    def _step_by(self, route: Route, divergence: OutputDivergence) -> Tensor:
+        """Return the step of `ImplicitNGD` by a route."""
+        return self._solved(self._local(route, divergence))
+
+    def _explicit_step(self, divergence: OutputDivergence, *, sampled: bool = False) -> Tensor:
+        """Return the step with the metric J'Lambda J / batch, J = dy/du by autograd.
+
+        Lambda is c c' if sampled, c the random cotangents of the route `Sampled()`.
+        """
+        self._require_few()
         y = self.model(self.x)
         rows = [self.controls.pull(output) for output in y.reshape(-1)]
-        J = torch.stack(rows).reshape(*y.shape, m)
-        metric = divergence.metric(y.detach())
-        fisher = torch.einsum("bkm,bkl,bln->mn", J, metric, J) / y.shape[0]
-        eye = torch.eye(m, dtype=J.dtype, device=J.device)
-        return -torch.linalg.solve(fisher + self.damping * eye, self.gradient())
+        J = torch.stack(rows).reshape(*y.shape, self.controls.m)
+        if sampled:
+            generator = torch.Generator(y.device).manual_seed(0)
+            c = divergence.sample(y.detach(), generator)
+            Lambda = c[:, :, None] * c[:, None]
+        else:
+            Lambda = divergence.metric(y.detach())
+        return self._damped(torch.einsum("bkm,bkl,bln->mn", J, Lambda, J) / y.shape[0])
+
+    def _damped(self, C: Tensor) -> Tensor:
+        """Return -(C + delta I)^-1 g."""
+        self._require_few()
+        eye = torch.eye(len(C), dtype=C.dtype, device=C.device)
+        return -torch.linalg.solve(C + self.damping * eye, self.gradient())
+
+    def _require_few(self) -> None:
+        if self.controls.m > self.limit:
+            raise self._too_many()
+
+    def _too_many(self) -> "_Skip":
+        return _Skip(f"m = {self.controls.m} is above max_controls = {self.limit}")
 
     def _tied_row(self, name: str, lqr: LQR, static: Tensor) -> EquivalenceRow:
         """Return the row of (E3), with N = 1, 2, 4, ... until the error is at its floor."""
@@ -324,9 +369,8 @@ class _Check:
     def newton_rows(self) -> list[EquivalenceRow]:
         """Return the rows of (E2) for the Hessian of the loss."""
         name = "Newton step"
-        m = self.controls.m
-        if m > self.limit:
-            skip = lambda: _raise(_Skip(f"m = {m} is above max_controls = {self.limit}"))
+        if self.controls.m > self.limit:
+            skip = lambda: _raise(self._too_many())
             return [_row(name, "DARE steady state", "static problem (F3)", skip, skip, 1e-7)]
         newton = linearize_samples(self.model, self.x, self.y, self.loss, Newton()).exact()
         damping, step, note = self._first_stabilising(newton)
@@ -340,7 +384,7 @@ class _Check:
         ]  # fmt: skip
         return rows
 
-    def _first_stabilising(self, lqr: LQR) -> tuple[float, Route, str]:
+    def _first_stabilising(self, lqr: LQR) -> tuple[float, Vector, str]:
         """Return a damping at which the DARE is solvable: an indefinite Hessian needs more (F4)."""
         for power in range(8):
             damping = self.damping * 10**power
@@ -376,8 +420,8 @@ def _row(
     quantity: str,
     left: str,
     right: str,
-    a: Route,
-    b: Route,
+    a: Vector,
+    b: Vector,
     tolerance: float,
     note: str = "",
 ) -> EquivalenceRow:

@@ -179,16 +179,22 @@ class Factors:
             rows = [at.controls.pull(entry) for r in operands for entry in r.reshape(-1)]
             self._V = torch.stack(rows) if rows else at.outputs.new_zeros(0, at.controls.m)
 
+    @property
+    def number_jacobian(self) -> Tensor:
+        """V of (K6), `(numbers, m)`."""
+        assert self._V is not None  # noqa: S101  see `begin`
+        return self._V
+
     def joint(self) -> Joint | None:
         """Return the block of small parameters and numbers, if there is one."""
-        assert self._V is not None  # noqa: S101  see `begin`
+        V = self.number_jacobian
         for key, state in self.memory.items():
             names = key.split(_JOINT)[1:]
             if key.startswith(_JOINT) and self._known([name for name in names if name]):
                 places = self._places(names)
-                if len(state["S"]) == len(places) + len(self._V):
-                    V = self._V.index_fill(1, places, 0.0)
-                    return Joint(places, state["S"] / float(state["weight"]), V)
+                if len(state["S"]) == len(places) + len(V):
+                    S = state["S"] / float(state["weight"])
+                    return Joint(places, S, V.index_fill(1, places, 0.0))
         return None
 
     def _places(self, names: Sequence[str]) -> Tensor:
@@ -229,7 +235,7 @@ class Factors:
         self, at: Sensitivity, sites: Sites, found: Sequence[Tensor | None], share: float
     ) -> None:
         """Add to the blocks of the parameters outside the layers."""
-        assert self._V is not None  # noqa: S101  see `begin`
+        V = self.number_jacobian
         rest = {name: _summed(at, places, found) for name, places in sites.rest.items()}
         names = list(rest) if sum(rows.shape[1] for rows in rest.values()) <= _SMALL else []
         for name in rest.keys() - set(names):
@@ -237,12 +243,12 @@ class Factors:
             self._add(name, "D", diagonal * share)
         r = (
             torch.cat([_summed(at, places, found) for places in sites.numbers], 1)
-            if len(self._V)
+            if len(V)
             else at.outputs.new_zeros(len(at.outputs), 0)
         )
-        if names or len(self._V):
+        if names or len(V):
             w = torch.cat([rest[name] for name in names], 1) if names else r[:, :0]
-            q = torch.cat([w + r @ self._V[:, self._places(names)], r], 1)  # (K6)
+            q = torch.cat([w + r @ V[:, self._places(names)], r], 1)  # (K6)
             self._add(_JOINT + _JOINT.join(names), "S", q.mT @ q * share)
 
     def _see_outputs(self, key: str, a: Tensor, g: Tensor, share: float) -> None:
@@ -290,6 +296,31 @@ class Factors:
         """Return s of (K5), or the diagonal of a parameter that is in no layer."""
         state = self.memory[key]
         return state["s"] if "s" in state else state["D"] / float(state["weight"])
+
+
+def dense_metric(factors: Factors) -> Tensor:
+    """Return C of (K6), (m, m), from the Kronecker products themselves: to check the rest by."""
+    controls = factors.controls
+    numbers = controls.unflatten(torch.arange(controls.m))
+    V = factors.number_jacobian
+    C = V.new_zeros(controls.m, controls.m)
+    for block in factors.blocks():
+        state = factors.memory["+".join(member.token for member in block.members)]
+        weight = float(state["weight"])
+        if block.basis is None:
+            place = numbers[block.members[0].name].reshape(-1)
+            C[place, place] += state["D"].reshape(-1) / weight
+        else:
+            columns = [member.matrix(numbers[member.name]) for member in block.members]
+            place = torch.cat(columns, dim=1).reshape(-1)
+            C[place[:, None], place] += torch.kron(state["G"] / weight, state["A"] / weight)
+    joint = factors.joint()
+    if joint is not None:
+        R, m = len(joint.places), controls.m
+        unit = torch.eye(m, dtype=V.dtype, device=V.device)[joint.places]
+        T = torch.cat([unit.view(R, m), joint.V])
+        C += T.mT @ joint.S @ T
+    return C
 
 
 def _summed(at: Sensitivity, places: Sequence[int], found: Sequence[Tensor | None]) -> Tensor:

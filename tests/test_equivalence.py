@@ -22,11 +22,31 @@ def test_every_row_holds_and_the_model_is_left_alone(kind):
     before = Controls(model).vector
     report = check_equivalence(model, x, y)
     assert report.passed and report.complete, str(report)
-    assert len(report.rows) == 10
+    assert len(report.rows) == 12
     gradient = [row for row in report.rows if row.quantity == "gradient"]
     assert len(gradient) == 3 and all(row.error < 1e-9 for row in gradient)
     assert all(row.error < 1e-7 for row in report.rows)
     assert torch.equal(Controls(model).vector, before) and before.dtype == torch.float32
+
+
+class Squares(nn.Module):
+    """A weight that is no multiple of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.root = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.root @ self.root.mT)
+
+
+def test_a_row_that_a_model_does_not_allow_is_skipped_and_says_why():
+    torch.manual_seed(0)
+    model = nn.Sequential(Squares(), dense_model())
+    report = check_equivalence(model, *dense_batch())
+    assert report.passed and not report.complete
+    (skipped,) = [row for row in report.rows if row.passed is None]
+    assert skipped.left == "Kronecker factors (K5)" and "no block for a weight" in skipped.note
 
 
 def test_the_tied_row_reports_the_rate_of_the_spectral_radius():
