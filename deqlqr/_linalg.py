@@ -1,5 +1,6 @@
 """Small pieces of linear algebra on batches of matrices, shared by the solvers."""
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,11 @@ class LUFactor(NamedTuple):
 def lu_factor(X: Tensor) -> LUFactor:
     """Return the LU factors of X (*batch, n, n); a singular one is marked, not raised."""
     return LUFactor(*torch.linalg.lu_factor_ex(X))
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast, on the device of a tensor."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def identity_like(X: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from deqlqr._linalg import full_precision
 from deqlqr.controls import Controls
 from deqlqr.deq import DEQ
 from deqlqr.linearize import check_input
@@ -63,7 +64,7 @@ class Batch:
     def visit(
         self, take: Callable[[Chunk], None]
     ) -> tuple[Tensor, Tensor, list[FixedPointSolution]]:
-        """Linearise one chunk after the other and hand each to `take`.
+        """Linearise one chunk after the other and hand each to `take`, which autocast leaves alone.
 
         Returns:
             Mean loss, its gradient (m,), and the forward solves of the DEQ layers.
@@ -77,7 +78,8 @@ class Batch:
             chunk, cost = self.linearized(x, y)
             losses.append(cost)
             gradients.append(chunk.at.pull(chunk.cotangent))
-            take(chunk)
+            with full_precision(x):
+                take(chunk)
             solutions += self.solutions()
         return torch.stack(losses).sum(), torch.stack(gradients).sum(0), solutions
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from deqlqr._checks import at_least, count
+from deqlqr._linalg import full_precision
 from deqlqr.batch import Batch, require_independent
 from deqlqr.controls import Controls
 from deqlqr.direction import Direction, Local, expanded
@@ -408,7 +409,8 @@ class ImplicitNGD(torch.optim.Optimizer):
     def _attempt(self, start: _Start, factor: float, checked: bool, again: bool) -> _Attempt:
         """Solve for u, move the parameters along it, and say whether they may stay there."""
         local, before = start.local, start.parameters
-        direction = local.solve(self._each("damping", factor))
+        with full_precision(before):
+            direction = local.solve(self._each("damping", factor))
         reason = direction.reason
         if reason is None and not direction.residual <= self.step_tolerance:
             reason = f"the step's equations hold only to {direction.residual:.1e}"
@@ -420,7 +422,8 @@ class ImplicitNGD(torch.optim.Optimizer):
         if velocity is not None:
             u = momentum * velocity + u
         d = self._entries("lr", u) * (u - self._entries("weight_decay", u) * before)  # (O2)
-        d, shortened, promised = self._within_reach(local, direction, d, u)
+        with full_precision(before):
+            d, shortened, promised = self._within_reach(local, direction, d, u)
         if self.acceleration and isinstance(local, OutputSpace):
             d = d + self._acceleration(start, local, d, factor)
         self.controls.try_out(before + d)
@@ -444,7 +447,8 @@ class ImplicitNGD(torch.optim.Optimizer):
         except ConvergenceError:
             return torch.zeros_like(d)
         wide = d.to(self.linalg_dtype)
-        a = local.correction(wide, after, _PROBE, self._each("damping", factor)).to(d.dtype)
+        with full_precision(d):
+            a = local.correction(wide, after, _PROBE, self._each("damping", factor)).to(d.dtype)
         size = torch.linalg.vector_norm
         if not bool(size(a) <= _LARGEST_CORRECTION * size(d)):
             return torch.zeros_like(d)

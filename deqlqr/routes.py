@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deqlqr._checks import Options, at_least, choice, count
+from deqlqr._linalg import full_precision
 from deqlqr.batch import Batch, Chunk
 from deqlqr.deq import DEQ
 from deqlqr.direction import Local, Steepest
@@ -237,9 +238,10 @@ class Kronecker(_OfOutputs, Options):
         loss, gradient, solutions = at.visit(take)
         if look:
             factors.commit()
-        if early or memory.step % self.refresh_every == 0 or not factors.ready:
-            factors.refresh()
-        return KroneckerMetric(loss, gradient, solutions, at.controls, factors)
+        with full_precision(gradient):
+            if early or memory.step % self.refresh_every == 0 or not factors.ready:
+                factors.refresh()
+            return KroneckerMetric(loss, gradient, solutions, at.controls, factors)
 
 
 _BY_NAME: dict[str, type] = {

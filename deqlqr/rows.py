@@ -38,7 +38,7 @@ class Outer:
     @staticmethod
     def of(use: Linear, g: Tensor) -> "Outer":
         """Return the rows of a use at one position from its g (batch, r, out)."""
-        return Outer(use.a, g, isinstance(use, MatMul))
+        return Outer(use.inputs()[:, 0], g, isinstance(use, MatMul))
 
     @staticmethod
     def width(use: Linear) -> int:

@@ -25,7 +25,7 @@ class Sensitivity:
         x: Inputs `(batch, ...)`.
 
     Attributes:
-        outputs: y, detached.
+        outputs: y, detached, in single precision at least.
         uses: Where the model uses its parameters.
         mixing: An operation that mixes the samples of a batch, if the model has one.
 
@@ -45,14 +45,14 @@ class Sensitivity:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(recorder)
             self._y = model(x)
-        self.outputs = self._y.detach()
+        self.outputs = self._y.detach().to(torch.promote_types(self._y.dtype, torch.float32))
         self.uses: list[Use] = recorder.found
         self.mixing = recorder.mixing
         self._pulled: tuple[Tensor, Tensor] | None = None
 
     def pull(self, c: Tensor) -> Tensor:
         """Return J'c (m,) for cotangents c of the outputs."""
-        return self.controls.pull(self._y, c)
+        return self.controls.pull(self._y, c.to(self._y.dtype))
 
     def push(self, v: Tensor) -> Tensor:
         """Return J v, with the shape of the outputs, for v (m,): the derivative of (J'w)'v in w."""
@@ -62,9 +62,15 @@ class Sensitivity:
                 self._pulled = self.controls.pull(self._y, w, again=True), w
         pulled, w = self._pulled
         (pushed,) = torch.autograd.grad(pulled, w, v, retain_graph=True)
-        return pushed
+        return pushed.to(self.outputs.dtype)
 
     def cotangents(self, c: Tensor) -> list[Tensor | None]:
         """Return g of every use, for cotangents c of the outputs; `None` for one without effect."""
         edges = [use.edge for use in self.uses]
-        return list(torch.autograd.grad(self._y, edges, c, retain_graph=True, allow_unused=True))
+        found = torch.autograd.grad(
+            self._y, edges, c.to(self._y.dtype), retain_graph=True, allow_unused=True
+        )
+        return [
+            None if g is None else g.to(use.operand.dtype)
+            for use, g in zip(self.uses, found, strict=True)
+        ]

@@ -75,7 +75,8 @@ class Linear(Factored):
 
     def inputs(self) -> Tensor:
         """Return a as `(batch, positions, in)`."""
-        return self.a.reshape(len(self.a), -1, self.a.shape[-1])
+        a = self.a.to(self.operand.dtype)
+        return a.reshape(len(a), -1, a.shape[-1])
 
     def outputs(self, g: Tensor) -> Tensor:
         """Return g as `(batch, positions, out)`."""
@@ -103,7 +104,8 @@ class Conv2d(Factored):
     def inputs(self) -> Tensor:
         """Return the pixels under the kernel at each position."""
         size = self.operand.shape[2:]
-        return F.unfold(self.a, size, self.dilation, self.padding, self.stride).mT
+        a = self.a.to(self.operand.dtype)
+        return F.unfold(a, size, self.dilation, self.padding, self.stride).mT
 
     def outputs(self, g: Tensor) -> Tensor:
         """Return g at each position."""
@@ -119,7 +121,7 @@ class Scale(Use):
 
     def rows(self, g: Tensor) -> Tensor:
         """Return the sum over positions of g times the normalised input."""
-        return _summed(g * self.normalised(), self.operand, self.axis)
+        return _summed(g * self.normalised().to(g.dtype), self.operand, self.axis)
 
 
 @dataclass(frozen=True)

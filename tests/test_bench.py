@@ -1,12 +1,13 @@
 """Tests for `deqlqr/bench.py` and the command `deqlqr bench dare`. They time nothing."""
 
 import json
+import sys
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from deqlqr import bench, bench_fixed_point
+from deqlqr import bench, bench_fixed_point, bench_step
 from deqlqr.cli import main
 
 
@@ -52,3 +53,33 @@ def test_fixed_points_are_counted_beside_plain_iteration_and_torchdeq():
     assert result.exit_code == 0 and "torchdeq:broyden" in result.stdout
     result = CliRunner().invoke(main, ["bench", "fixed-point", "--problem", name, "--json"])
     assert json.loads(result.stdout.splitlines()[0])["solver"] == "picard"
+
+
+def test_every_kind_of_step_is_timed_beside_gradient_descent(monkeypatch):
+    monkeypatch.setattr(bench_step, "_ROUNDS", 1)
+    monkeypatch.setattr(bench_step, "_STEPS", {name: 1 for name in bench_step.VARIANTS})
+    monkeypatch.setattr(bench_step, "_memory_on", lambda device, name, *_: 1.0 + len(name))
+    result = CliRunner().invoke(main, ["bench", "step", "--batch", "2", "--side", "8", "--json"])
+    rows = {row["step"]: row for row in map(json.loads, result.stdout.splitlines())}
+    assert list(rows) == ["gradient descent", *bench_step.VARIANTS]
+    base = rows["gradient descent"]
+    assert base["over"] == base["memory_over"] == 1.0
+    for row in rows.values():
+        assert row["over"] == pytest.approx(row["seconds"] / base["seconds"])
+        assert row["memory_over"] == pytest.approx(row["memory"] / base["memory"])
+    assert len(list(bench_step.table([bench_step.StepRow("a", 1.0, 1.0, 1.0, 1.0)]))) == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_peak_of_memory_is_that_of_the_step(capsys):
+    bench_step.peak("gradient descent", 16, False)
+    whole = float(capsys.readouterr().out)
+    state = 128 * 8 * 16 * 16 * 4 / 2**20
+    assert state < whole < 500 * state
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [False, True])
+def test_steps_are_measured_on_a_gpu(half):
+    rows = list(bench_step.bench_step(8, 8, "cuda", half=half))
+    assert all(row.seconds > 0 and row.memory > 0 for row in rows)

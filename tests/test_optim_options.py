@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from deqlqr import DEQ, Controls, DenseBlock, ImplicitNGD, Kronecker, Krylov, Output, Sampled
+from deqlqr import (
+    DEQ,
+    Controls,
+    ConvBlock,
+    DenseBlock,
+    ImplicitNGD,
+    Kronecker,
+    Krylov,
+    Output,
+    Sampled,
+)
 
 from .problems import dense_batch, dense_model, exact, randn, relative
 
@@ -194,3 +204,22 @@ def test_parameters_survive_an_error_in_the_middle_of_a_step(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(x, y)
     assert torch.equal(Controls(model).vector, before)
+
+
+@pytest.mark.parametrize("route", ["output", "sampled", "krylov", "kronecker"])
+def test_a_step_under_autocast_is_that_in_single_precision_but_for_the_models_rounding(route):
+    losses = {}
+    for half in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=2, padding=1), DEQ(ConvBlock(4)), nn.Flatten(),
+            nn.Linear(4 * 16, 5),
+        )  # fmt: skip
+        x, y = torch.randn(16, 1, 8, 8), torch.arange(16) % 5
+        optimizer = ImplicitNGD(model, route=route, lr=0.5, damping=0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses[half] = [float(optimizer.step(x, y)) for _ in range(6)]
+        assert optimizer.counts["rejected"] == 0
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+    assert losses[True][-1] < 0.9 * losses[True][0]
