@@ -18,7 +18,7 @@ from deqlqr.bench_fixed_point import bench_fixed_point, problems
 from deqlqr.bench_fixed_point import table as fixed_point_table
 from deqlqr.bench_step import bench_step
 from deqlqr.bench_step import table as step_table
-from deqlqr.bench_train import MNIST_MODELS, mnist_race, only, regression_race
+from deqlqr.bench_train import MNIST_RACES, mnist_race, only, regression_race
 from deqlqr.data import DATASETS, load_data
 from deqlqr.equivalence import check_equivalence
 from deqlqr.models import MODELS, SMALL_MODELS, make_model
@@ -278,17 +278,17 @@ _METHOD = click.option("--method", multiple=True, help="Repeat for several; all 
 
 @bench.command("train", context_settings={"show_default": True})
 @click.option("--data-root", type=_PATH, required=True, help="Folder that holds MNIST/raw.")
-@click.option("--model", type=click.Choice(MNIST_MODELS), default=MNIST_MODELS[0],
-              help="Which model.")  # fmt: skip
+@click.option("--race", "name", type=click.Choice(MNIST_RACES), default=MNIST_RACES[0],
+              help="Dense model, the same in batches of 512, or convolutional model.")  # fmt: skip
 @click.option("--train-size", type=int, help="Use only the first training samples.")
-@click.option("--out", type=_PATH, show_default="runs/race-MODEL", help="Folder for its results; "
+@click.option("--out", type=_PATH, show_default="runs/race-RACE", help="Folder for its results; "
               "finished runs in it are not run again.")  # fmt: skip
 @_SEEDS
 @_METHOD
 @_reported
 def bench_train_command(
     data_root: Path,
-    model: str,
+    name: str,
     train_size: int | None,
     out: Path | None,
     seeds: int,
@@ -297,10 +297,10 @@ def bench_train_command(
     """MNIST: steps and seconds to a test accuracy, every route beside first-order optimizers.
 
     Each method runs its grid of options on one seed and the best of it on the others. One thread;
-    about an hour.
+    half an hour to an hour.
     """
-    what = only(mnist_race(model, data_root, train_size=train_size), method)
-    for line in race_table(what, race(what, out or Path(f"runs/race-{model}"), seeds)):
+    what = only(mnist_race(name, data_root, train_size=train_size), method)
+    for line in race_table(what, race(what, out or Path(f"runs/race-{name}"), seeds)):
         click.echo(line)
 
 

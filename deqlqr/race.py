@@ -116,7 +116,9 @@ def race(what: Race, out: Path, seeds: int) -> Iterable[Row]:
     try:
         with threadpool_limits(1):
             for method, grid in what.methods.items():
-                row, lines = _row(what, method, grid, out / method.replace(" ", "-"), seeds)
+                row, lines = _row(
+                    what, method, grid, out / method.replace(" ", "-").replace(",", ""), seeds
+                )
                 rows.append(row)
                 curves[method] = lines
                 yield row

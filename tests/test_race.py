@@ -8,7 +8,7 @@ import matplotlib.image
 import pytest
 from click.testing import CliRunner
 
-from deqlqr.bench_train import MNIST_MODELS, mnist_race, only, regression_race
+from deqlqr.bench_train import MNIST_RACES, mnist_race, only, regression_race
 from deqlqr.cli import main
 from deqlqr.race import Race, Run, race, table
 from deqlqr.solution import ConvergenceError
@@ -98,7 +98,7 @@ def test_the_best_reaches_the_hardest_target_in_fewest_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "what", [regression_race(), *[mnist_race(m, Path("x")) for m in MNIST_MODELS]]
+    "what", [regression_race(), *[mnist_race(name, Path("x")) for name in MNIST_RACES]]
 )
 def test_every_run_of_a_race_is_valid_and_every_route_is_in_it(what: Race) -> None:
     configs = {
