@@ -144,17 +144,18 @@ class Batch:
 
 @contextmanager
 def _statistics_held(model: nn.Module) -> Generator[None, None, None]:
-    """Leave the running statistics of batch normalisation as they were."""
-    buffers = [
-        buffer for module in model.modules() if isinstance(module, _NormBase) and module.training
-        for buffer in module.buffers()
+    """Leave the running statistics of batch normalisation as they are."""
+    tracking = [
+        module for module in model.modules()
+        if isinstance(module, _NormBase) and module.training and module.track_running_stats
     ]  # fmt: skip
-    held = [buffer.clone() for buffer in buffers]
+    for module in tracking:
+        module.track_running_stats = False
     try:
         yield
     finally:
-        for buffer, value in zip(buffers, held, strict=True):
-            buffer.copy_(value)
+        for module in tracking:
+            module.track_running_stats = True
 
 
 def require_independent(at: Batch) -> None:

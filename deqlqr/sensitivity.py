@@ -30,7 +30,6 @@ class Sensitivity:
         mixing: An operation that mixes the samples of a batch, if the model has one.
 
     Raises:
-        ValueError: If the model uses a parameter in a way that has no gradient of single samples.
         ConvergenceError: If a sample has no fixed point.
     """
 
@@ -48,6 +47,7 @@ class Sensitivity:
         self.outputs = self._y.detach().to(torch.promote_types(self._y.dtype, torch.float32))
         self.uses: list[Use] = recorder.found
         self.mixing = recorder.mixing
+        self._refused = recorder.refused
         self._pulled: tuple[Tensor, Tensor] | None = None
 
     def pull(self, c: Tensor) -> Tensor:
@@ -65,7 +65,13 @@ class Sensitivity:
         return pushed.to(self.outputs.dtype)
 
     def cotangents(self, c: Tensor) -> list[Tensor | None]:
-        """Return g of every use, for cotangents c of the outputs; `None` for one without effect."""
+        """Return g of every use, for cotangents c of the outputs; `None` for one without effect.
+
+        Raises:
+            ValueError: If the model uses a parameter in a way that has no gradient of samples.
+        """
+        if self._refused is not None:
+            raise ValueError(self._refused)
         edges = [use.edge for use in self.uses]
         found = torch.autograd.grad(
             self._y, edges, c.to(self._y.dtype), retain_graph=True, allow_unused=True

@@ -172,6 +172,7 @@ class Uses(TorchFunctionMode):
     Attributes:
         found: The uses, in the order of the forward pass.
         mixing: Name of an operation that mixes the samples of a batch, if one was met.
+        refused: Why single samples have no gradient, if an operation was met that has none.
         paused: Record nothing for now.
     """
 
@@ -180,6 +181,7 @@ class Uses(TorchFunctionMode):
         self.batch = batch
         self.found: list[Use] = []
         self.mixing: str | None = None
+        self.refused: str | None = None
         self.paused = False
         self._data: dict[int, weakref.ref[Tensor]] = {}
 
@@ -213,7 +215,11 @@ class Uses(TorchFunctionMode):
         operands = [t for t in tensors if t.requires_grad and not self._is_data(t)]
         if operands and torch.is_grad_enabled():
             record = _RECORDERS.get(_name(func), Uses._sample_by_sample)
-            result = record(self, func, args, kwargs, operands)
+            try:
+                result = record(self, func, args, kwargs, operands)
+            except _Refused as refusal:
+                self.refused = self.refused or str(refusal)
+                result = func(*args, **kwargs)
         else:
             if _name(func) == "batch_norm" and (
                 args[5] if len(args) > 5 else kwargs.get("training")
@@ -303,7 +309,7 @@ class Uses(TorchFunctionMode):
         copies = {}
         for p in operands:
             if p.dim() == dims and p.shape[0] != 1:
-                raise _refusal(func, f"a parameter of shape {tuple(p.shape)} is a sample's own")
+                raise _Refused(func, f"a parameter of shape {tuple(p.shape)} is a sample's own")
             inner = p[0] if p.dim() == dims else p
             lead = [1] * (dims - 1 - inner.dim())
             copies[id(p)] = inner.expand(self.batch, *lead, *inner.shape)
@@ -338,7 +344,7 @@ class Uses(TorchFunctionMode):
         try:
             return torch.vmap(of_one, randomness="different")(*moving)
         except (RuntimeError, IndexError, TypeError) as error:
-            raise _refusal(func, f"torch.vmap refused it ({error})") from error
+            raise _Refused(func, f"torch.vmap refused it ({error})") from error
 
     def _record_copies(self, operands: list[Tensor], copies: dict[int, Tensor]) -> None:
         for p in operands:
@@ -346,7 +352,7 @@ class Uses(TorchFunctionMode):
 
     def _require_batch(self, func: Any, a: Tensor) -> None:
         if a.dim() < 1 or a.shape[0] != self.batch:
-            raise _refusal(func, f"data of shape {tuple(a.shape)} has not the batch first")
+            raise _Refused(func, f"data of shape {tuple(a.shape)} has not the batch first")
 
 
 def _values(args: tuple, kwargs: dict, **defaults: Any) -> list[Any]:
@@ -359,11 +365,14 @@ def _name(func: Any) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def _refusal(func: Any, reason: str) -> ValueError:
-    return ValueError(
-        f"model uses a parameter in {_name(func)!r} in a way that has no gradient of single "
-        f"samples ({reason}); take route='krylov', which needs none."
-    )
+class _Refused(Exception):
+    """An operation has no gradient of single samples, and why."""
+
+    def __init__(self, func: Any, reason: str) -> None:
+        super().__init__(
+            f"model uses a parameter in {_name(func)!r} in a way that has no gradient of single "
+            f"samples ({reason}); take route='krylov', which needs none."
+        )
 
 
 _ELEMENTWISE = (

@@ -1,11 +1,13 @@
 """Tests for `deqlqr/sensitivity.py`, `rows.py`, `uses.py` and `pinned.py`."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deqlqr import DEQ, Controls, DenseBlock, Neumann
+from deqlqr import DEQ, Controls, DenseBlock, ImplicitNGD, Neumann
 from deqlqr.batch import Batch, require_independent
 from deqlqr.loss import make_loss
 from deqlqr.rows import Outer, Rows
@@ -131,6 +133,23 @@ def test_an_inexact_layer_is_linearised_as_it_differentiates():
     assert relative(at.pull(c), expected) < 1e-12
 
 
+def test_batch_statistics_are_held_in_trials_though_a_graph_hangs_on_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    x, y = dense_batch(12)
+    with pytest.raises(ValueError, match="mixes the samples"):
+        ImplicitNGD(model, route="output").step(x, y)
+    optimizer = ImplicitNGD(model, route="krylov", lr=50.0, damping=1e-4)  # which is too far
+    optimizer.step(x, y)
+    assert optimizer.last_step.rejections and optimizer.last_step.accepted
+    twin = copy.deepcopy(model)
+    held = model[1].running_mean.clone()
+    optimizer = ImplicitNGD(twin, route="krylov", damping=1.0)
+    optimizer.step(x, y)
+    expected = 0.9 * held + 0.1 * model[0](x).mean(0)
+    assert torch.allclose(twin[1].running_mean, expected, atol=1e-6)  # moved once
+
+
 @pytest.mark.parametrize("layer", [DEQ(DenseBlock(3)), nn.BatchNorm1d(3)])
 def test_independence_is_found_out(layer):
     torch.manual_seed(0)
@@ -182,5 +201,8 @@ class Turned(nn.Module):
 )
 def test_a_use_without_gradients_of_samples_is_refused(part, message):
     model, x = nn.Sequential(part, nn.Linear(6, 2)), dense_batch()[0]
+    at = Sensitivity(model, Controls(model), x)
+    c = torch.ones_like(at.outputs)
     with pytest.raises(ValueError, match=message):
-        Sensitivity(model, Controls(model), x)
+        at.cotangents(c)
+    assert relative(at.pull(c), Controls(model).pull(model(x), c)) < 1e-6  # products need none
