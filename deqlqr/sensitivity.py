@@ -76,7 +76,11 @@ class Sensitivity:
         found = torch.autograd.grad(
             self._y, edges, c.to(self._y.dtype), retain_graph=True, allow_unused=True
         )
-        return [
-            None if g is None else g.to(use.operand.dtype)
-            for use, g in zip(self.uses, found, strict=True)
-        ]
+        kept: dict[tuple, Tensor] = {}  # what is one tensor stays one: its uses belong together
+        result: list[Tensor | None] = []
+        for use, g in zip(self.uses, found, strict=True):
+            if g is not None and g.dtype != use.operand.dtype:
+                key = g.data_ptr(), g.shape, g.stride(), use.operand.dtype
+                g = kept.setdefault(key, g.to(use.operand.dtype))
+            result.append(g)
+        return result

@@ -1,6 +1,6 @@
 """Where a model's parameters act together: the layers of the Kronecker-factored metric."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqlqr.controls import Controls
 from deqlqr.rows import FEW
 from deqlqr.sensitivity import Sensitivity
 from deqlqr.uses import Factored, MatMul, Shift, Use, leaves_of
@@ -102,41 +101,22 @@ class Sites:
     def __init__(self, at: Sensitivity, found: Sequence[Tensor | None]) -> None:
         controls = at.controls
         self._names = {id(p): n for n, p in zip(controls.names, controls.parameters, strict=True)}
-        shapes = dict(zip(controls.names, controls.shapes, strict=True))
-        grouped: dict[Any, list[int]] = defaultdict(list)
-        for i, (use, g) in enumerate(zip(at.uses, found, strict=True)):
-            if isinstance(use, Factored) and g is not None:
-                grouped[g.data_ptr(), g.shape, g.stride()].append(i)
-        count: dict[str, int] = defaultdict(int)
-        owners: dict[int, tuple[str, float]] = {}
-        for i, use in enumerate(at.uses):
-            if isinstance(use, Factored):
-                owners[i] = self._owner(use, controls)
-                count[owners[i][0]] += 1
+        self._shapes = dict(zip(controls.names, controls.shapes, strict=True))
+        owners = {i: self._owner(u) for i, u in enumerate(at.uses) if isinstance(u, Factored)}
+        often = Counter(name for name, _ in owners.values())
         self.layers: dict[str, list[Site]] = defaultdict(list)
         self.places: dict[str, list[int]] = defaultdict(list)
         taken: set[int] = set()
-        for places in grouped.values():
+        for met in _meeting(at.uses, found):
             # A weight used at several sites has its layer to itself.
-            groups = (
-                [places] if all(count[owners[i][0]] == 1 for i in places) else [[i] for i in places]
-            )
-            for group in groups:
-                alone = count[owners[group[0]][0]] == 1
-                biases = self._biases(at.uses, group) if alone else []
-                prime = lambda use: "'" if isinstance(use, MatMul) else ""
-                tokens = [owners[i][0] + prime(at.uses[i]) for i in group]
-                tokens += [self._names[id(at.uses[j].operand)] for j in biases]
-                members = [Member.of(token, shapes) for token in tokens]
-                uses = [(at.uses[i], owners[i][1]) for i in group] + [
-                    (at.uses[j], 1.0) for j in biases
-                ]
-                taken |= set(group) | set(biases)
-                key = "+".join(tokens)
-                self.layers[key].append(Site(tuple(members), tuple(uses)))
-                self.places[key].append(group[0])
-        self.rest: dict[str, list[int]] = defaultdict(list)
+            together = all(often[owners[i][0]] == 1 for i in met)
+            for group in [met] if together else [[i] for i in met]:
+                once = often[owners[group[0]][0]] == 1
+                biases = self._biases(at.uses, group) if once else []
+                self._add(at.uses, group, biases, owners)
+                taken |= {*group, *biases}
         covered = {m.name for sites in self.layers.values() for m in sites[0].members}
+        self.rest: dict[str, list[int]] = defaultdict(list)
         for i, use in enumerate(at.uses):
             name = self._names.get(id(use.operand))
             if i not in taken and name is not None and name not in covered:
@@ -144,7 +124,24 @@ class Sites:
         self.numbers = numbers_of(at)
         self._require_all(at, covered | set(self.rest))
 
-    def _owner(self, use: Use, controls: Controls) -> tuple[str, float]:
+    def _add(
+        self,
+        uses: Sequence[Use],
+        group: Sequence[int],
+        biases: Sequence[int],
+        owners: dict[int, tuple[str, float]],
+    ) -> None:
+        """Take weights and biases whose results are added as a site of their layer."""
+        prime = lambda use: "'" if isinstance(use, MatMul) else ""
+        tokens = [owners[i][0] + prime(uses[i]) for i in group]
+        tokens += [self._names[id(uses[j].operand)] for j in biases]
+        members = tuple(Member.of(token, self._shapes) for token in tokens)
+        times = [(uses[i], owners[i][1]) for i in group] + [(uses[j], 1.0) for j in biases]
+        key = "+".join(tokens)
+        self.layers[key].append(Site(members, tuple(times)))
+        self.places[key].append(group[0])
+
+    def _owner(self, use: Use) -> tuple[str, float]:
         """Return the parameter that a weight is, or is a multiple of, and how many times."""
         if id(use.operand) in self._names:
             return self._names[id(use.operand)], 1.0
@@ -175,6 +172,15 @@ class Sites:
             names = sorted(self._names.get(id(leaf), "") for leaf in leaves_of(use.operand))
             if not isinstance(use, Factored) or not set(filter(None, names)) <= covered:
                 raise _no_block(use.operand, names)
+
+
+def _meeting(uses: Sequence[Use], found: Sequence[Tensor | None]) -> list[list[int]]:
+    """Return the uses of weights whose results are added: their cotangent is the same tensor."""
+    grouped: dict[Any, list[int]] = defaultdict(list)
+    for i, (use, g) in enumerate(zip(uses, found, strict=True)):
+        if isinstance(use, Factored) and g is not None:
+            grouped[g.data_ptr(), g.shape, g.stride()].append(i)
+    return list(grouped.values())
 
 
 def numbers_of(at: Sensitivity) -> list[list[int]]:

@@ -223,3 +223,14 @@ def test_a_step_under_autocast_is_that_in_single_precision_but_for_the_models_ro
         assert all(p.dtype == torch.float32 for p in model.parameters())
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
     assert losses[True][-1] < 0.9 * losses[True][0]
+
+
+def test_layers_that_meet_are_one_under_autocast_too():
+    keys = set()
+    for half in (False, True):
+        model, (x, y) = dense_model(), dense_batch(12)
+        optimizer = ImplicitNGD(model, route=Kronecker(), damping=0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            optimizer.step(x, y)
+        keys.add(tuple(optimizer.state[optimizer.controls.parameters[0]]["layers"]))
+    assert len(keys) == 1 and len(next(iter(keys))) == 3
