@@ -128,3 +128,16 @@ def test_all_exact_adjoints_agree_and_zero_has_the_answer_zero():
 def test_misuse_names_the_argument(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e18])
+def test_the_bound_of_the_inverse_on_the_pairs_holds_and_survives_large_numbers(size):
+    solver = Resolvent(lambda x: x, tol=1e-6, max_steps=10, dense=False)
+    torch.manual_seed(0)
+    P = size * torch.randn(3, 5, 8)
+    for i in range(5):
+        solver._pairs.add(P[:, i], P[:, i])
+    bound = solver._inverse_norm(P[:, 0])
+    true = size * torch.linalg.matrix_norm((P / size).double(), 2)
+    assert bool(bound.isfinite().all()) and bool((bound >= 0.999 * true).all())
+    assert bool((bound <= 5**0.5 * 1.001 * true).all())
