@@ -340,7 +340,10 @@ def _defect(U: Tensor) -> Tensor:
 def _eigen(X: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, not below 0, and eigenvectors of a symmetric positive X."""
     wide = X.double() if len(X) <= _WIDE else X
-    values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
+    try:
+        values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
+    except torch.linalg.LinAlgError:  # in single precision it can fail to converge
+        values, vectors = torch.linalg.eigh((X + X.mT).double() / 2)
     return values.clamp(min=0.0).to(X.dtype), vectors.to(X.dtype)
 
 

@@ -409,8 +409,12 @@ class ImplicitNGD(torch.optim.Optimizer):
     def _attempt(self, start: _Start, factor: float, checked: bool, again: bool) -> _Attempt:
         """Solve for u, move the parameters along it, and say whether they may stay there."""
         local, before = start.local, start.parameters
-        with full_precision(before):
-            direction = local.solve(self._each("damping", factor))
+        shifts = self._each("damping", factor)
+        try:
+            with full_precision(before):
+                direction = local.solve(shifts)
+        except torch.linalg.LinAlgError as error:
+            direction = Direction(None, float("nan"), reason=f"linear algebra failed: {error}")
         reason = direction.reason
         if reason is None and not direction.residual <= self.step_tolerance:
             reason = f"the step's equations hold only to {direction.residual:.1e}"

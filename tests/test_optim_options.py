@@ -17,6 +17,7 @@ from deqlqr import (
     Output,
     Sampled,
 )
+from deqlqr.output_space import OutputSpace
 
 from .problems import dense_batch, dense_model, exact, randn, relative
 
@@ -191,6 +192,22 @@ def test_dropout_outside_the_layer_is_the_same_in_step_and_check():
     optimizer = ImplicitNGD(model, lr=1e-6, damping=1.0, route="output")
     optimizer.step(x, y)
     assert optimizer.last_step.loss_after == pytest.approx(optimizer.last_step.loss, rel=1e-4)
+
+
+def test_linear_algebra_that_fails_rejects_the_attempt(monkeypatch):
+    model, optimizer, x, y = fresh(max_rejections=3)
+    solve, tried = OutputSpace.solve, []
+
+    def failing(self, shifts):
+        tried.append(shifts[0])
+        if len(tried) < 3:
+            raise torch.linalg.LinAlgError("did not converge")
+        return solve(self, shifts)
+
+    monkeypatch.setattr(OutputSpace, "solve", failing)
+    optimizer.step(x, y)
+    assert tried == pytest.approx([0.1, 1.0, 10.0]) and optimizer.last_step.accepted
+    assert optimizer.last_step.rejections == ("linear algebra failed: did not converge",) * 2
 
 
 def test_parameters_survive_an_error_in_the_middle_of_a_step(monkeypatch):
