@@ -54,7 +54,9 @@ def plot_runs(
         steps = [line for line in lines if line["kind"] == "step"]
         values = [float("nan") if line[measure] is None else line[measure] for line in steps]
         ours = not name.startswith(_FIRST_ORDER)
-        style = {"linewidth": 2.0 if ours else 1.2, "linestyle": "-" if ours else "--"}
+        style: dict[str, Any] = {
+            "linewidth": 2.0 if ours else 1.2, "linestyle": "-" if ours else "--", "marker": ".",
+        }  # fmt: skip
         left.plot([line["step"] for line in steps], values, label=name, **style)
         right.plot([line["seconds"] for line in steps], values, **style)
     for axis, label in ((left, "iteration"), (right, "seconds of training")):
