@@ -63,8 +63,8 @@ def mnist_race(name: str, root: Path, *, train_size: int | None = None) -> Race:
     it = _MNIST[choice("race", name, MNIST_RACES)]
     common: dict[str, Any] = {
         "data": "mnist", "data_root": str(root), "model": it.model, "batch_size": it.batch,
-        "epochs": it.epochs[1], "train_size": train_size, "log_every": 50 if it.batch == 128 else 25,
-        "eval_size": 10000, "schedule": "cosine",
+        "epochs": it.epochs[1], "train_size": train_size, "eval_size": 10000,
+        "log_every": 50 if it.batch == 128 else 25, "schedule": "cosine",
     }  # fmt: skip
 
     def ours(route: str, grid: Sequence[Sequence[float]], **limits: Any) -> list[Options]:
