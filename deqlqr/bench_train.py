@@ -127,7 +127,7 @@ def regression_race() -> Race:
             "sampled": ours("sampled", 100, (0.1, 1e-2)),
             "kronecker": ours("kronecker", 400, (0.1, 1e-2)),
             "Adam": _grid("adam", (1e-3, 3e-3, 1e-2), epochs=3000, log_every=10),
-            "SGD, momentum 0.9": _grid("sgd", (0.01, 0.03, 0.1), epochs=3000, log_every=10),
+            "SGD, momentum 0.9": _grid("sgd", (0.01, 0.03, 0.1), epochs=1000, log_every=10),
             "L-BFGS, 20 iterations a step": _grid("lbfgs", (1.0,), epochs=60),
         },
         measure="loss",
