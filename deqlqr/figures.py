@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 matplotlib.use("Agg")
 
@@ -55,7 +56,9 @@ def plot_runs(
         values = [float("nan") if line[measure] is None else line[measure] for line in steps]
         ours = not name.startswith(_FIRST_ORDER)
         style: dict[str, Any] = {
-            "linewidth": 2.0 if ours else 1.2, "linestyle": "-" if ours else "--", "marker": ".",
+            "linewidth": 2.0 if ours else 1.2,
+            "linestyle": "-" if ours else "--",
+            "marker": "o" if len(steps) < 3 else None,  # or it would not be seen
         }  # fmt: skip
         left.plot([line["step"] for line in steps], values, label=name, **style)
         right.plot([line["seconds"] for line in steps], values, **style)
@@ -65,6 +68,9 @@ def plot_runs(
         axis.grid(alpha=0.3)
     if any(runs.values()):
         right.set_xscale("log")
+        right.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        right.xaxis.set_major_formatter("{x:g}")
+        right.xaxis.set_minor_formatter(NullFormatter())
         left.set_xscale(scale)
         left.set_yscale(scale)
     names = {"accuracy": "test accuracy", "loss": "mean squared error", "error": "test error"}

@@ -185,7 +185,10 @@ def make_optimizer(
     if config.optimizer == "adam":
         optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=config.lr)
     elif config.optimizer == "lbfgs":
-        optimizer = torch.optim.LBFGS(parameters, lr=config.lr, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            parameters, lr=config.lr, line_search_fn="strong_wolfe", tolerance_grad=0.0,
+            tolerance_change=0.0,
+        )  # fmt: skip
     else:
         momentum = 0.9 if config.optimizer == "sgd" else 0.0
         optimizer = torch.optim.SGD(parameters, lr=config.lr, momentum=momentum)
