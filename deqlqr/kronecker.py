@@ -149,7 +149,7 @@ class Factors:
         """Whether every parameter has its block."""
         names = {member.name for block in self.blocks() for member in block.members}
         for key in self.memory:
-            names |= set(key.split(_JOINT)) if key.startswith(_JOINT) else set()
+            names |= set(_names(key))
         return names >= set(self._shapes)
 
     @property
@@ -189,8 +189,8 @@ class Factors:
         """Return the block of small parameters and numbers, if there is one."""
         V = self.number_jacobian
         for key, state in self.memory.items():
-            names = key.split(_JOINT)[1:]
-            if key.startswith(_JOINT) and self._known([name for name in names if name]):
+            names = _names(key)
+            if key.startswith(_JOINT) and self._known(names):
                 places = self._places(names)
                 if len(state["S"]) == len(places) + len(V):
                     S = state["S"] / float(state["weight"])
@@ -202,7 +202,7 @@ class Factors:
         by_name = dict(zip(self.controls.names, parts, strict=True))
         none = torch.arange(0)
         device = self.controls.parameters[0].device
-        return torch.cat([none, *(by_name[name] for name in names if name)]).to(device)
+        return torch.cat([none, *(by_name[name] for name in names)]).to(device)
 
     @torch.no_grad()
     def see(self, at: Sensitivity, cotangents: Sequence[Tensor], count: int) -> None:
@@ -238,7 +238,7 @@ class Factors:
         V = self.number_jacobian
         rest = {name: _summed(at, places, found) for name, places in sites.rest.items()}
         names = list(rest) if sum(rows.shape[1] for rows in rest.values()) <= _SMALL else []
-        for name in rest.keys() - set(names):
+        for name in rest if not names else ():
             diagonal = rest[name].square().sum(0).view(self._shapes[name])
             self._add(name, "D", diagonal * share)
         r = (
@@ -296,6 +296,11 @@ class Factors:
         """Return s of (K5), or the diagonal of a parameter that is in no layer."""
         state = self.memory[key]
         return state["s"] if "s" in state else state["D"] / float(state["weight"])
+
+
+def _names(key: str) -> list[str]:
+    """Return the small parameters that a key of the memory names; none for a layer's."""
+    return [name for name in key.split(_JOINT)[1:] if name]
 
 
 def dense_metric(factors: Factors) -> Tensor:

@@ -47,6 +47,17 @@ class Cell(nn.Module):
         return self.scale * torch.tanh(self.mix(z) + x) + 0.1 * x * z
 
 
+class Squared(nn.Module):
+    """A weight that is no multiple of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.root = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.root @ self.root.mT)
+
+
 def unrolled(block, x, steps=400):
     z = torch.zeros_like(x)
     for _ in range(steps):

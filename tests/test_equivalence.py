@@ -10,7 +10,7 @@ import deqlqr.adjoint as adjoint
 import deqlqr.equivalence as equivalence
 from deqlqr import DEQ, Controls, ConvergenceError, DenseBlock, check_equivalence
 
-from .problems import conv_batch, conv_model, dense_batch, dense_model, randn
+from .problems import Squared, conv_batch, conv_model, dense_batch, dense_model, randn
 
 BATCHES = {"dense": (dense_model, dense_batch), "conv": (conv_model, conv_batch)}
 
@@ -29,20 +29,9 @@ def test_every_row_holds_and_the_model_is_left_alone(kind):
     assert torch.equal(Controls(model).vector, before) and before.dtype == torch.float32
 
 
-class Squares(nn.Module):
-    """A weight that is no multiple of a parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.root = nn.Parameter(torch.randn(6, 6))
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.root @ self.root.mT)
-
-
 def test_a_row_that_a_model_does_not_allow_is_skipped_and_says_why():
     torch.manual_seed(0)
-    model = nn.Sequential(Squares(), dense_model())
+    model = nn.Sequential(Squared(), dense_model())
     report = check_equivalence(model, *dense_batch())
     assert report.passed and not report.complete
     (skipped,) = [row for row in report.rows if row.passed is None]

@@ -29,7 +29,16 @@ from deqlqr.krylov import ConjugateGradients
 from deqlqr.loss import make_loss
 from deqlqr.routes import Memory
 
-from .problems import conv_batch, conv_model, dense_batch, dense_model, exact, randn, relative
+from .problems import (
+    Squared,
+    conv_batch,
+    conv_model,
+    dense_batch,
+    dense_model,
+    exact,
+    randn,
+    relative,
+)
 from .test_sensitivity import CASES, jacobian
 
 TIGHT = Krylov(max_steps=500, progress=0.0, tol=1e-13)
@@ -321,15 +330,6 @@ def test_a_layer_frozen_or_freed_on_the_way_is_looked_at_again():
             optimizer.step(x, y)
         assert optimizer.last_step.accepted
         assert torch.equal(model[0].weight, held) != wanted
-
-
-class Squared(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.root = nn.Parameter(torch.randn(6, 6))
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.root @ self.root.mT)
 
 
 def test_kronecker_refuses_a_weight_that_is_no_multiple_of_a_parameter():
