@@ -6,6 +6,7 @@ block -> fixed point -> linearise -> LQR problem -> Riccati -> steady state -> u
 from deqlqr.adjoint import Costate, Implicit, Neumann
 from deqlqr.blocks import ConvBlock, DenseBlock
 from deqlqr.controls import Controls
+from deqlqr.cyclic_riccati import CyclicDareSolution, solve_cyclic_dare
 from deqlqr.dare import spectral_radius
 from deqlqr.deq import DEQ
 from deqlqr.divergence import (
@@ -27,8 +28,9 @@ from deqlqr.monitor import Monitor, Observation, jacobian_penalty, jacobian_radi
 from deqlqr.newton_krylov import NewtonKrylov
 from deqlqr.optim import ImplicitNGD, StepReport
 from deqlqr.resolvent import LinearSolution, Resolvent
-from deqlqr.riccati import DareSolution, Doubling, solve_dare
+from deqlqr.riccati import DareSolution, solve_dare
 from deqlqr.routes import Dare, Kronecker, Krylov, Output, Route, Sampled
+from deqlqr.search import Doubling
 from deqlqr.solution import (
     ConvergenceError,
     DareResult,
@@ -39,7 +41,12 @@ from deqlqr.solution import (
 from deqlqr.solver import FixedPointSolution, Solver
 from deqlqr.solvers import Anderson, Broyden, Picard
 from deqlqr.steady_state import SteadyState, static_step, steady_state
-from deqlqr.stein import SteinSolution, solve_stein
+from deqlqr.stein import (
+    CyclicSteinSolution,
+    SteinSolution,
+    solve_cyclic_stein,
+    solve_stein,
+)
 from deqlqr.torchdeq_solver import TorchDEQ
 
 __version__ = "0.1.0"
@@ -88,8 +95,12 @@ __all__ = [
     "Doubling",
     "DareSolution",
     "spectral_radius",
+    "solve_cyclic_dare",
+    "CyclicDareSolution",
     "solve_stein",
     "SteinSolution",
+    "solve_cyclic_stein",
+    "CyclicSteinSolution",
     # steady state
     "steady_state",
     "static_step",

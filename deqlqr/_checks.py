@@ -1,7 +1,7 @@
 """Checks of options that several modules make."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -64,6 +64,29 @@ def count(name: str, value: Any, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
     return value
+
+
+def phase_count(**sequences: Any) -> int:
+    """Return the number of phases of sequences that must have one entry for each.
+
+    Raises:
+        ValueError: If one is no sequence, is empty, or is longer or shorter than the first.
+    """
+    lengths = {}
+    for name, sequence in sequences.items():
+        if not isinstance(sequence, Sequence):
+            raise ValueError(
+                f"{name} must be a sequence with one tensor for each phase, got "
+                f"{type(sequence).__name__}."
+            )
+        lengths[name] = len(sequence)
+    first, p = next(iter(lengths.items()))
+    if p == 0:
+        raise ValueError(f"{first} must have at least one phase, got none.")
+    for name, length in lengths.items():
+        if length != p:
+            raise ValueError(f"{name} must have {p} phases like {first}, got {length}.")
+    return p
 
 
 def at_least(name: str, value: float, least: float, *, strict: bool = False) -> float:

@@ -64,7 +64,8 @@ def relative(error: Tensor, *terms: Tensor) -> Tensor:
 
 def times(X: Tensor, Y: Tensor) -> Tensor:
     """Return X Y; rows of Y that are zero, as most of M in a training step, cost nothing."""
-    rows = (Y != 0).any(-1).reshape(-1, Y.shape[-2]).any(0).nonzero()[:, 0]
+    used = (Y != 0).any(-1)
+    rows = (used.flatten(0, -2).any(0) if used.dim() > 1 else used).nonzero()[:, 0]
     if 2 * len(rows) > Y.shape[-2]:
         return X @ Y
     return X[..., rows] @ Y[..., rows, :]
@@ -73,3 +74,8 @@ def times(X: Tensor, Y: Tensor) -> Tensor:
 def batch_first(X: Any, dim: int | None, size: int) -> Any:
     """Return X with the dimension that `torch.vmap` maps over in front."""
     return X.expand(size, *X.shape) if dim is None else X.movedim(dim, 0)
+
+
+def zeros_if_none(X: Tensor | None, like: Tensor) -> Tensor:
+    """Return X, or zeros for a derivative that autograd leaves out."""
+    return torch.zeros_like(like) if X is None else X

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from deqlqr._linalg import full_precision
 from deqlqr.controls import Controls
 from deqlqr.deq import DEQ
-from deqlqr.linearize import check_input
+from deqlqr.linearize_samples import check_input
 from deqlqr.loss import Loss
 from deqlqr.sensitivity import Sensitivity
 from deqlqr.solver import FixedPointSolution

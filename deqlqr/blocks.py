@@ -1,10 +1,13 @@
 """Residual blocks f(z, x) to start from, and initial weights that give them a fixed point."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqlqr._checks import choice
+from deqlqr.phases import Phase
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
@@ -76,6 +79,10 @@ class DenseBlock(nn.Module):
             raise ValueError(f"x must have shape (batch, {width}), got {tuple(x.shape)}.")
         injected = x if self.input is None else self.input(x)
         return _ACTIVATIONS[self.activation](F.linear(z, self.weight, self.state.bias) + injected)
+
+    def phases(self, x: Tensor) -> list[Phase]:
+        """Return f(., x), which is one layer, as the one phase of a cyclic LQR."""
+        return [lambda z: self(z, x)]
 
     @property
     def weight(self) -> Tensor:
@@ -149,11 +156,8 @@ class ConvBlock(nn.Module):
 
     def lipschitz_bound(self) -> Tensor:
         """Return L, the bound on the unscaled block's Lipschitz constant in z, a scalar tensor."""
-        g1, g2, g3 = (
-            torch.linalg.vector_norm(norm.weight, 8) / norm.eps**0.5
-            for norm in (self.norm1, self.norm2, self.norm3)
-        )
-        k1, k2 = (3 * _spectral_norm(conv.weight.flatten(1)) for conv in (self.conv1, self.conv2))
+        g1, g2, g3 = (_gain(norm) for norm in (self.norm1, self.norm2, self.norm3))
+        k1, k2 = (_conv_bound(conv) for conv in (self.conv1, self.conv2))
         return g3 * (1 + g2 * k2 * g1 * k1)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
@@ -171,3 +175,47 @@ class ConvBlock(nn.Module):
         if self.max_lipschitz is None:
             return fz
         return fz * (self.max_lipschitz / self.lipschitz_bound()).clamp(max=1.0)
+
+    def phases(self, x: Tensor) -> list[Phase]:
+        """Return f(., x) as three phases, each with one layer's own parameters.
+
+            z -> (z, y, l_1),   (z, y, l_1) -> (w, l_2),   (w, l_2) -> s N3(w)
+
+        with y = N1(relu(C1 z)), w = relu(z + N2(x + C2 y)), and the bound's l_1 = g1 k1 and
+        l_2 = 1 + g2 k2 l_1 handed on, `(batch, 1)` each, where the block is rescaled.
+        """
+        scaled = self.max_lipschitz is not None
+
+        def handed_on(value: Tensor, number: Tensor) -> tuple[Tensor, ...]:
+            return (value, number.expand(len(value), 1)) if scaled else (value,)
+
+        def first(z: Tensor) -> tuple[Tensor, ...]:
+            y = self.norm1(F.relu(self.conv1(z)))
+            return z, *handed_on(y, _gain(self.norm1) * _conv_bound(self.conv1))
+
+        def second(state: tuple[Tensor, ...]) -> Any:
+            z, y, *bound = state
+            w = F.relu(z + self.norm2(x + self.conv2(y)))
+            if not bound:
+                return w
+            return w, 1 + _gain(self.norm2) * _conv_bound(self.conv2) * bound[0]
+
+        def third(state: Any) -> Tensor:
+            w, *bound = (state,) if isinstance(state, Tensor) else state
+            fz = self.norm3(w)
+            if not bound:
+                return fz
+            scale = (self.max_lipschitz / (_gain(self.norm3) * bound[0])).clamp(max=1.0)
+            return fz * scale.reshape(-1, 1, 1, 1)
+
+        return [first, second, third]
+
+
+def _gain(norm: nn.GroupNorm) -> Tensor:
+    """Return g, a bound on the Lipschitz constant of a group norm."""
+    return torch.linalg.vector_norm(norm.weight, 8) / norm.eps**0.5
+
+
+def _conv_bound(conv: nn.Conv2d) -> Tensor:
+    """Return k, a bound on the Lipschitz constant of a 3 x 3 convolution."""
+    return 3 * _spectral_norm(conv.weight.flatten(1))

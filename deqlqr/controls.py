@@ -5,7 +5,8 @@ each parameter is flattened row by row.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,14 @@ class Controls:
     def vector(self) -> Tensor:
         """A detached copy of u, shape `(m,)`."""
         return torch.cat([p.detach().reshape(-1) for p in self.parameters])
+
+    def part(self, which: Sequence[int]) -> "Controls":
+        """Return some of the controls, by the numbers of their parameters."""
+        part = copy(self)
+        for name in ("parameters", "names", "shapes", "sizes"):
+            setattr(part, name, [getattr(self, name)[i] for i in which])
+        part.m = sum(part.sizes)
+        return part
 
     def unflatten(self, u: Tensor) -> dict[str, Tensor]:
         """Return the parameters that u (m,) holds, by name; differentiable."""

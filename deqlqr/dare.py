@@ -1,16 +1,17 @@
-"""The discrete algebraic Riccati equation (DARE): its gain, its defect, and how P is judged.
+"""The discrete algebraic Riccati equation (DARE): its coefficients, its gain, its error.
 
-Shapes: A (*batch, n, n), B (*batch, n, m), Q and P (*batch, n, n), R (*batch, m, m),
-M and K (*batch, m, n).
+One phase of a cycle takes n states to n+ states; P belongs to its start and P+ to its end, and the
+DARE is the cycle of one phase, where P+ = P. Shapes: A (*batch, n+, n), B (*batch, n+, m),
+Q and P (*batch, n, n), P+ (*batch, n+, n+), R (*batch, m, m), M and K (*batch, m, n).
 
-    (R1)  P = A'PA + Q - (M + B'PA)' K,   K = (R + B'PB)^-1 (M + B'PA),   A_cl = A - B K
-          that is  P = A'P A_cl + Q - M'K,   R K = M + B'P A_cl
+    (R1)  P = A'P+A + Q - (M + B'P+A)' K,   K = (R + B'P+B)^-1 (M + B'P+A),   A_cl = A - B K
+          that is  P = A'P+ A_cl + Q - M'K,   R K = M + B'P+ A_cl
     (R4)  A_0 = A - B R^-1 M,   G_0 = B R^-1 B',   H_0 = Q - M' R^-1 M
-    (R7)  K = R^-1 M + R^-1 B' (I + P G_0)^-1 P A_0
-          (R + B'PB)^-1 r = R^-1 r - R^-1 B' (I + P G_0)^-1 P B R^-1 r
+    (R7)  K = R^-1 M + R^-1 B' (I + P+G_0)^-1 P+ A_0
+          (R + B'P+B)^-1 r = R^-1 r - R^-1 B' (I + P+G_0)^-1 P+B R^-1 r
 
 (R7) is (R1)'s gain by the matrix inversion lemma: R is factorised once and everything after it is
-n x n, which pays where controls outnumber states.
+n+ x n+, which pays where controls outnumber states.
 """
 
 import math
@@ -32,7 +33,6 @@ from deqlqr._linalg import (
     times,
 )
 from deqlqr.input_cost import InputCost, InputCostFactor
-from deqlqr.solution import DareResult
 
 
 class Dare(NamedTuple):
@@ -53,12 +53,17 @@ class Dare(NamedTuple):
         """Return A, B, Q, R, M with R as a matrix."""
         return self.A, self.B, self.Q, self.R.dense(), self.M
 
-    def pick(self, index: Tensor | slice) -> "Dare":
-        """Return equations of the flattened batch, with one batch dimension."""
+    def pick(self, index: Tensor | slice, batch: int) -> "Dare":
+        """Return equations of the flattened batch; of the dimensions before it, all."""
         A, B, Q, R, M = self
-        batch = A.dim() - 2
-        size = math.prod(A.shape[:batch])
-        flat = lambda X: X.reshape(size, *X.shape[batch:])[index]
+        lead = A.shape[: A.dim() - 2 - batch]
+        picked = (*(slice(None),) * len(lead), index)
+
+        def flat(X: Tensor) -> Tensor:
+            rest = X.shape[len(lead) + batch :]
+            size = math.prod(X.shape[len(lead) : len(lead) + batch])
+            return X.reshape(*lead, size, *rest)[picked]
+
         R = InputCost(flat(R.diagonal), R.coupled, flat(R.block))
         return Dare(flat(A), flat(B), flat(Q), R, flat(M))
 
@@ -66,7 +71,7 @@ class Dare(NamedTuple):
         """Return the equation of D = P - alpha I, alpha (*batch,): (R6) in `doubling`."""
         A, B, Q, R, M = self
         shift = alpha[..., None, None]
-        eye = identity_like(A)
+        eye = identity_like(Q)
         R_shifted = InputCost.of(R.dense() + shift * (B.mT @ B))
         return Dare(A, B, Q + shift * (A.mT @ A - eye), R_shifted, M + shift * (B.mT @ A))
 
@@ -101,7 +106,7 @@ class DirectGain:
 
     @staticmethod
     def of(dare: Dare, P: Tensor) -> "DirectGain":
-        """Return the gain that belongs to P."""
+        """Return the gain that belongs to P+."""
         A, B, _, R, M = dare
         PB = P @ B
         factor = lu_factor(sym(R.dense() + B.mT @ PB))
@@ -133,7 +138,7 @@ class Eliminated:
             RB = cost.solve(B.mT)
             return Eliminated(A, sym(B @ RB), Q, cost, RB, M)
         solved = cost.solve(torch.cat([B.mT, M], dim=-1))
-        RB, RM = solved[..., : A.shape[-1]], solved[..., A.shape[-1] :]
+        RB, RM = solved[..., : A.shape[-2]], solved[..., A.shape[-2] :]
         A_0, H_0 = A - times(B, RM), sym(Q - times(M.mT, RM))
         return Eliminated(A_0, sym(B @ RB), H_0, cost, RB, RM)  # (R4)
 
@@ -144,14 +149,14 @@ class EliminatedGain:
 
     K: Tensor
     B: Tensor
-    P: Tensor
+    P: Tensor  # P+
     eliminated: Eliminated
-    loop: LUFactor  # of I + P G_0
+    loop: LUFactor  # of I + P+G_0
     mixed: None = None
 
     @staticmethod
     def of(dare: Dare, P: Tensor, eliminated: Eliminated) -> "EliminatedGain":
-        """Return the gain that belongs to P."""
+        """Return the gain that belongs to P+."""
         loop = lu_factor(identity_like(P) + P @ eliminated.G)
         K = eliminated.RM + eliminated.RB @ loop.solve(P @ eliminated.A)  # (R7)
         return EliminatedGain(K, dare.B, P, eliminated, loop)
@@ -183,7 +188,7 @@ class EitherGain:
 
 
 def gain_of(dare: Dare, P: Tensor, eliminated: Eliminated | None = None) -> Gain:
-    """Return the gain that belongs to P: by (R7) where controls clearly outnumber states.
+    """Return the gain that belongs to P+: by (R7) where controls clearly outnumber states.
 
     There it is not only cheaper: R + B'PB is a small R plus a matrix of rank n, and its
     factors lose the digits in which K is well determined. Elements whose R is singular go directly.
@@ -198,49 +203,35 @@ def gain_of(dare: Dare, P: Tensor, eliminated: Eliminated | None = None) -> Gain
     return EitherGain(~eliminated.cost.singular, first, DirectGain.of(dare, P))
 
 
-class Certificate(NamedTuple):
-    """What is known of a P: see `DareSolution` for the fields."""
+class Error(NamedTuple):
+    """By how much P, P+ and K miss (R1)."""
 
     A_cl: Tensor
-    defect: Tensor  # right side less left side of (R1), (*batch, n, n)
-    closed_loop_radius: Tensor
-    residual: Tensor
-    result: Tensor
+    defect: Tensor  # right side less left side, (*batch, n, n)
+    residual: Tensor  # the larger relative residual of the two equations, (*batch,)
 
 
-def certify(dare: Dare, P: Tensor, gain: Gain, broken: Tensor, rtol: float) -> Certificate:
-    """Judge P and K on (R1) and on the closed loop; how they were found does not matter.
+def error_of(dare: Dare, P: Tensor, P_next: Tensor, gain: Gain) -> Error:
+    """Return the error of (R1); how P, P+ and K were found does not matter.
 
     Args:
         dare: The equation.
-        P: Candidate `(*batch, n, n)`.
-        gain: Its gain.
-        broken: 0, or the `DareResult` code with which the algorithm gave up, `(*batch,)`.
-        rtol: Largest residual accepted.
-
-    Returns:
-        A `Certificate`.
+        P: At its start, `(*batch, n, n)`.
+        P_next: P+, at its end; P itself for a cycle of one phase.
+        gain: The gain that belongs to P+.
     """
     (A, B, Q, R, M), K = dare, gain.K
     A_cl = A - B @ K
-    PA = P @ A_cl
+    PA = P_next @ A_cl
     APA, BPA, RK, MK = A.mT @ PA, B.mT @ PA, R @ K, times(K.mT, M).mT
     defect = APA + Q - MK - P
     tiny = torch.finfo(P.dtype).tiny
-    scale = torch.stack([norm(RK), norm(M), norm(BPA), _mixed_size(dare, P, gain, MK, APA)]).amax(0)
+    mixed = _mixed_size(dare, P_next, gain, MK, APA)
+    scale = torch.stack([norm(RK), norm(M), norm(BPA), mixed]).amax(0)
     residual = torch.maximum(
         relative(defect, P, APA, Q, MK), norm(RK - M - BPA) / scale.clamp(min=tiny)
     )
-    bound, radius = _closed_loop_radius(A_cl)
-    edge = 10 * torch.finfo(P.dtype).eps ** 0.5
-    solves = (residual <= rtol) & (broken != DareResult.NONE)
-    result = torch.where(broken != 0, broken, DareResult.NOT_CONVERGED)
-    result = torch.where(solves & (bound >= 1), DareResult.NONE, result)
-    result = torch.where(solves & ((bound - 1).abs() <= edge), DareResult.BOUNDARY, result)
-    result = torch.where(solves & (bound < 1 - edge), DareResult.STABILISING, result)
-    if not residual.isfinite().all():  # what is not finite in the equation is not in its residual
-        result = torch.where(dare.is_finite(), result, DareResult.NON_FINITE)
-    return Certificate(A_cl, defect, radius, residual, result)
+    return Error(A_cl, defect, residual)
 
 
 def _mixed_size(dare: Dare, P: Tensor, gain: Gain, MK: Tensor, APA: Tensor) -> Tensor:
@@ -270,16 +261,19 @@ def spectral_radius(A: Tensor, squarings: int = 12) -> Tensor:
     return _gelfand(A, squarings)[0]
 
 
-def _closed_loop_radius(A_cl: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bound that certifies the closed loop, and the estimate that is reported."""
-    bound, estimate = _gelfand(A_cl, 7)
+def closed_loop_radius(A_cl: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bound that certifies the closed loop, and the estimate that is reported.
+
+    The loop is A_cl times exp(log_scale), `(*batch,)`, which may be too large for a number.
+    """
+    bound, estimate = _gelfand(A_cl, 7, log_scale)
     near = bound > 0.9  # there the bound must not be what keeps a stable loop from passing
     if near.any():
-        bound[near], estimate[near] = _gelfand(A_cl[near], 26)
+        bound[near], estimate[near] = _gelfand(A_cl[near], 26, log_scale[near])
     return bound, estimate
 
 
-def _gelfand(A: Tensor, squarings: int) -> tuple[Tensor, Tensor]:
+def _gelfand(A: Tensor, squarings: int, log_scale: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """Return Gelfand's bound of the spectral radius, and an estimate of what it tends to.
 
     If ||A^k|| goes as c rho^k, then b_2k^2 / b_k of the bounds b is rho.
@@ -288,7 +282,7 @@ def _gelfand(A: Tensor, squarings: int) -> tuple[Tensor, Tensor]:
     top = largest(A) + tiny  # so that no square vanishes or overflows
     A = A / top[..., None, None]
     size = norm(A) + tiny
-    bound = before = top.log() + size.log()
+    bound = before = top.log() + size.log() + log_scale
     for k in range(1, squarings + 1):
         # A^(2^k) is a matrix that is squared here, times the power by which it was scaled.
         A = A / size[..., None, None]

@@ -187,11 +187,11 @@ class DEQ(nn.Module):
         self._warm.clear()
 
     @contextmanager
-    def tapped(self, z: Any) -> Generator["Tap", None, None]:
-        """Within the context the layer returns z and records f(z, x) instead of solving."""
+    def tapped(self, tap: "Tap") -> Generator["Tap", None, None]:
+        """Within the context the layer hands its block and inputs to the tap instead of solving."""
         if self._tap is not None:
             raise ValueError("the DEQ layer is being linearised already.")
-        with self._holding("_tap", Tap(z)) as tap:
+        with self._holding("_tap", tap):
             yield tap
 
     def starting_near(self, z: Any) -> AbstractContextManager[Any]:
@@ -231,25 +231,34 @@ class DEQ(nn.Module):
 
 
 class Tap:
-    """Stands in for a DEQ layer while its model is linearised: gives z, keeps f(z, x)."""
+    """Stands in for a DEQ layer while its model is linearised: gives z, keeps f(z, x).
+
+    Attributes:
+        z: What the layer returns.
+        fz: What `evaluate` made of it.
+    """
 
     def __init__(self, z: Any) -> None:
         self.z = z
         self.fz: Any = None
 
     def record(self, block: nn.Module, *inputs: Any, **shared: Any) -> Any:
-        """Evaluate the block at the tap's state.
+        """Evaluate the block.
 
         Returns:
-            That state, in place of a fixed point.
+            z, in place of a fixed point.
 
         Raises:
             ValueError: If the model calls the layer more than once.
         """
         if self.fz is not None:
             raise ValueError("the model calls its DEQ layer more than once in one forward pass.")
-        self.fz = block(self.z, *inputs, **shared)
+        self.fz = self.evaluate(block, inputs, shared)
         return self.z
+
+    def evaluate(self, block: nn.Module, inputs: tuple[Any, ...], shared: dict[str, Any]) -> Any:
+        """Return f(z, x)."""
+        return block(self.z, *inputs, **shared)
 
 
 def find_deq(model: nn.Module) -> DEQ:

@@ -1,9 +1,16 @@
 """The DARE by structure-preserving doubling: matrix products and LU, on the tensors' own device.
 
+With (R4)'s A, G, H of a phase, P = H + A'P+ (I + G P+)^-1 A. Such maps compose (first, then):
+
+    (C2)  W = I + G H+,   A <- A+ W^-1 A,   G <- G+ + A+ W^-1 G A+',   H <- H + A'H+ W^-1 A
+
+Composed around the cycle they are one map of P to itself; composing that with itself is doubling:
+
     (R5)  W = I + G H,   A <- A W^-1 A,   G <- G + A W^-1 G A',   H <- H + A' H W^-1 A,   H -> P
           from A_0, G_0, H_0 of (R4)
     (R6)  P = alpha I + D, with D of the DARE (A, B, Q + alpha (A'A - I), R + alpha B'B,
-          M + alpha B'A): the same closed loop, and an R that may be invertible where R was not
+          M + alpha B'A): the same closed loop, and an R that may be invertible where R was not;
+          in a cycle with the same alpha at every phase
 
 Each step of (R5) squares the closed loop, so the error after k steps is O(rho(A_cl)^(2^k)).
 
@@ -18,7 +25,9 @@ import torch
 from torch import Tensor
 
 from deqlqr._linalg import identity_like, norm, sym
-from deqlqr.dare import Dare, Eliminated
+from deqlqr.cycle import Cycle
+from deqlqr.dare import Eliminated
+from deqlqr.scan import Chain
 from deqlqr.solution import DareResult
 
 _LATE = 15
@@ -27,39 +36,72 @@ _LATE = 15
 class Limit(NamedTuple):
     """What (R5) came to."""
 
-    P: Tensor
+    P: list[Tensor]
     iterations: Tensor
     broken: Tensor  # 0, or the `DareResult` code with which it gave up
-    eliminated: Eliminated | None  # of the equation as posed, where there was no shift
+    eliminated: list[Eliminated] | None  # of the equations as posed, where there was no shift
 
 
-def double(dare: Dare, max_steps: int, alpha: Tensor | None = None) -> Limit:
+def double(cycle: Cycle, max_steps: int, alpha: Tensor | None = None) -> Limit:
     """Return the limit of (R5), through the shift (R6) by alpha (*batch,) if there is one.
 
     The limit may be another solution than the stabilising one, or none: it wants certifying.
+    The first phase, at which (R5) runs, should be one with the fewest states.
     """
+    posed = [group.dare if alpha is None else group.dare.shifted(alpha) for group in cycle.groups]
+    eliminated = [Eliminated.of(dare) for dare in posed]
+    singular = cycle.reduce((problem.cost.singular for problem in eliminated), torch.any)
+    chain = Chain(cycle.unbind((e.A, e.G, e.H) for e in eliminated), _composed)
+    A, G, H = chain.whole
+    first, iterations, broken = _double(A, G, H, singular, max_steps)
+    ends = chain.ends(first, _start)
+    P = [ends[-1], *ends[:-1]]
     if alpha is None:
-        problem = Eliminated.of(dare)
-        return Limit(*_double(problem, max_steps), problem)
-    D, iterations, broken = _double(Eliminated.of(dare.shifted(alpha)), max_steps)
-    return Limit(alpha[..., None, None] * identity_like(D) + D, iterations, broken, None)  # (R6)
+        return Limit(P, iterations, broken, eliminated)
+    shift = alpha[..., None, None]
+    return Limit([D + shift * identity_like(D) for D in P], iterations, broken, None)  # (R6)
 
 
-def shift_of(dare: Dare) -> Tensor:
+def shift_of(cycle: Cycle) -> Tensor:
     """Return alpha of (R6) at the scale of the costs; far above it costs digits."""
-    costs = torch.stack([norm(dare.Q), dare.R.norm(), norm(dare.M)]).amax(0)
+    sizes = (
+        torch.stack([norm(Q), R.norm(), norm(M)]).amax(0)
+        for _, _, Q, R, M in (group.dare for group in cycle.groups)
+    )
+    costs = cycle.reduce(sizes, torch.amax)
     return torch.where(costs > 0, costs, torch.ones_like(costs))
 
 
-def _double(problem: Eliminated, max_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def _composed(first: tuple[Tensor, ...], then: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the map (C2) of two neighbours."""
+    A, G, H = first
+    A_next, G_next, H_next = then
+    n = A.shape[-1]
+    W = identity_like(G) + G @ H_next
+    solved, _ = torch.linalg.solve_ex(W, torch.cat([A, G], dim=-1))
+    WA, WG = solved[..., :n], solved[..., n:]
+    G_both = G_next + sym(A_next @ WG @ A_next.mT)
+    return A_next @ WA, G_both, H + sym(A.mT @ (H_next @ WA))
+
+
+def _start(link: tuple[Tensor, ...], P_next: Tensor) -> Tensor:
+    """Return P at the start of a map from P+ at its end."""
+    A, G, H = link
+    solved, _ = torch.linalg.solve_ex(identity_like(G) + G @ P_next, A)
+    return H + sym(A.mT @ (P_next @ solved))
+
+
+def _double(
+    A: Tensor, G: Tensor, H: Tensor, singular: Tensor, max_steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the limit, the steps and the codes; elements that are done leave the batch."""
-    *batch, n = problem.A.shape[:-1]
+    *batch, n = A.shape[:-1]
     flat = lambda X: X.reshape(math.prod(batch), n, n)
-    broken = torch.where(problem.cost.singular, DareResult.NONE, 0).long().flatten()
+    broken = torch.where(singular, DareResult.NONE, 0).long().flatten()
     running = broken == 0
     # T = A' and W' = I + H G are what is stored: LAPACK, which counts by columns, then takes them
     # without a copy. G and H are symmetric; H is made so once, at the end.
-    TG, H = torch.cat([flat(problem.A.mT), flat(problem.G)], dim=-2), flat(problem.H)
+    TG, H = torch.cat([flat(A.mT), flat(G)], dim=-2), flat(H)
     P, steps = H.clone(), torch.zeros_like(broken)
     code, taken = broken.clone(), steps.clone()
     index = torch.arange(len(P), device=P.device)  # of the elements still in the batch

@@ -27,7 +27,7 @@ from deqlqr.direction import Local
 from deqlqr.divergence import Divergence, DivergenceLike, Euclidean, Newton, OutputDivergence
 from deqlqr.fixed_point import fixed_point
 from deqlqr.kronecker import KroneckerMetric, dense_metric
-from deqlqr.linearize import choose_divergence, linearize_samples
+from deqlqr.linearize_samples import choose_divergence, linearize_samples
 from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
 from deqlqr.riccati import solve_dare

@@ -35,7 +35,8 @@ class InputCost:
             return R
         diagonal = R.diagonal(dim1=-2, dim2=-1)
         off_diagonal = (R != 0).sum(-1) > (diagonal != 0)  # NaN counts: it is not equal to 0
-        coupled = off_diagonal.reshape(-1, R.shape[-1]).any(0).nonzero()[:, 0]
+        coupled = off_diagonal.flatten(0, -2).any(0) if R.dim() > 2 else off_diagonal
+        coupled = coupled.nonzero()[:, 0]
         everything = len(coupled) == R.shape[-1]
         return InputCost(diagonal, coupled, R if everything else R[..., coupled[:, None], coupled])
 

@@ -80,6 +80,10 @@ class LQR:
         eye = torch.eye(self.m, dtype=self.R.dtype, device=self.R.device)
         return replace(self, R=self.R + delta * eye)
 
+    def dense(self) -> "LQR":
+        """Return the problem with R as a matrix."""
+        return replace(self, R=self.R.dense()) if isinstance(self.R, InputCost) else self
+
     def to(self, dtype: torch.dtype) -> "LQR":
         """Return the problem in another dtype."""
         return LQR(**{field.name: getattr(self, field.name).to(dtype) for field in fields(self)})

@@ -28,7 +28,7 @@ from deqlqr.batch import Batch, require_independent
 from deqlqr.controls import Controls
 from deqlqr.direction import Direction, Local, expanded
 from deqlqr.divergence import DivergenceLike
-from deqlqr.linearize import choose_divergence
+from deqlqr.linearize_samples import choose_divergence
 from deqlqr.loss import LossLike, make_loss
 from deqlqr.output_space import OutputSpace
 from deqlqr.routes import Krylov, Memory, Output, Route, Sampled, make_route

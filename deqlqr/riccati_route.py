@@ -15,9 +15,10 @@ from deqlqr._linalg import LUFactor, identity_like, lu_factor
 from deqlqr.batch import Batch
 from deqlqr.direction import Direction, expanded
 from deqlqr.divergence import Divergence
-from deqlqr.linearize import Minibatch, linearize_samples
+from deqlqr.linearize_samples import Minibatch, linearize_samples
 from deqlqr.lqr import LQR
-from deqlqr.riccati import Doubling, factored_dare
+from deqlqr.riccati import factored_dare
+from deqlqr.search import Doubling
 from deqlqr.solution import ConvergenceError, DareResult, describe_failures
 from deqlqr.solver import FixedPointSolution
 from deqlqr.steady_state import steady_state

@@ -14,7 +14,7 @@ from deqlqr.direction import Local, Steepest
 from deqlqr.divergence import Divergence, Euclidean, Newton, OutputDivergence
 from deqlqr.kronecker import Factors, KroneckerMetric
 from deqlqr.krylov import ConjugateGradients, KrylovSystem
-from deqlqr.linearize import Minibatch
+from deqlqr.linearize_samples import Minibatch
 from deqlqr.output_space import linearize_outputs
 from deqlqr.riccati_route import linearize_riccati
 

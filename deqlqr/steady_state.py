@@ -72,11 +72,11 @@ def steady_state(lqr: LQR, dare: DareSolution | None = None) -> SteadyState:
     loop = lu_factor(torch.eye(lqr.n, dtype=A.dtype, device=A.device) - (A - B @ K))
     cost = lqr.a[..., None] - K.mT @ lqr.b[..., None]
     lam = loop.solve(cost, adjoint=True)  # (R2)
-    gain = dare.gain or DirectGain.of(Dare(A, B, lqr.Q, _all_coupled(lqr.R), lqr.M), P)
+    gain = dare.gain or DirectGain.of(Dare(A, B, lqr.Q, all_coupled(lqr.R), lqr.M), P)
     drive = gain.solve(lqr.b[..., None] + B.mT @ lam)
     x = loop.solve(-(B @ drive))
     u = -(K @ x) - drive  # (R3)
-    _require_regular("steady state", u, loop.info)
+    require_regular("steady state", u, loop.info)
     p = P @ x + lam
     residual = _optimality(lqr, x, u, p)
     return SteadyState(u[..., 0], x[..., 0], lam[..., 0], residual)
@@ -92,7 +92,7 @@ def static_step(lqr: LQR) -> Tensor:
     S, info_S = torch.linalg.solve_ex(eye - lqr.A, lqr.B)
     gradient = S.mT @ lqr.a[..., None] + lqr.b[..., None]
     step, info = torch.linalg.solve_ex(curvature(lqr, S), gradient)
-    _require_regular("static step", step, info_S, info)
+    require_regular("static step", step, info_S, info)
     return -step[..., 0]  # (F3)
 
 
@@ -103,7 +103,7 @@ def curvature(lqr: LQR, S: Tensor) -> Tensor:
     return S.mT @ lqr.Q @ S + MS + MS.mT + R
 
 
-def _all_coupled(R: Tensor | InputCost) -> InputCost:
+def all_coupled(R: Tensor | InputCost) -> InputCost:
     """Return R with no entry left out: one that is 0 has a gradient all the same."""
     if isinstance(R, InputCost):
         return R
@@ -126,7 +126,12 @@ def _optimality(lqr: LQR, x: Tensor, u: Tensor, p: Tensor) -> Tensor:
     return worst
 
 
-def _require_regular(what: str, result: Tensor, *infos: Tensor) -> None:
+def require_regular(what: str, result: Tensor, *infos: Tensor) -> None:
+    """Refuse the result of a singular system.
+
+    Raises:
+        ConvergenceError: If an info is not 0 or the result is not finite.
+    """
     singular = any(bool((info != 0).any()) for info in infos)
     if singular or not bool(result.isfinite().all()):
         raise ConvergenceError(f"{what}: singular linear system or non-finite result.")

@@ -23,7 +23,7 @@ from deqlqr.checkpoint import load_checkpoint, save_checkpoint
 from deqlqr.data import DATASETS, load_data
 from deqlqr.deq import find_deq
 from deqlqr.figures import plot_curves
-from deqlqr.linearize import Minibatch
+from deqlqr.linearize_samples import Minibatch
 from deqlqr.loss import make_loss
 from deqlqr.metrics import MetricsFile, read_metrics
 from deqlqr.models import MODELS, check_seed, make_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deqlqr import InputCost, linearize, solve_dare, steady_state
-from deqlqr.linearize import choose_divergence, linearize_samples
+from deqlqr.linearize_samples import choose_divergence, linearize_samples
 from deqlqr.loss import make_loss
 
 from .problems import dense_batch, dense_model, make_lqr, randn

@@ -223,8 +223,16 @@ def test_float32_is_refined_to_the_digits_of_float64(rho):
     assert relative(rounded.P.double(), exact) < 2 * torch.finfo(torch.float32).eps
 
 
+def test_refining_rescues_what_float32_alone_cannot_solve():
+    problem, _ = near_the_circle(1e-4)
+    rounded = [X.float() for X in problem]
+    assert solve_dare(*rounded, solver=Doubling(refine=0), throw=False).result != 0
+    dare = solve_dare(*rounded, out_dtype=torch.float64)
+    assert relative(dare.P, solve_dare(*(X.double() for X in rounded)).P) < 1e-10
+
+
 def test_float32_that_cannot_be_refined_is_a_failure_not_an_answer():
-    problem, _ = near_the_circle(1e-4)  # float32 cannot tell this closed loop from the circle
+    problem, _ = near_the_circle(1e-6)  # float32 cannot tell this closed loop from the circle
     dare = solve_dare(*(X.float() for X in problem), throw=False)
     assert dare.result != 0 and dare.P.isnan().all()
 
