@@ -6,8 +6,9 @@ block -> fixed point -> linearise -> LQR problem -> Riccati -> steady state -> u
 from deqlqr.adjoint import Costate, Implicit, Neumann
 from deqlqr.blocks import ConvBlock, DenseBlock
 from deqlqr.controls import Controls
+from deqlqr.cyclic_lqr import CyclicLQR
 from deqlqr.cyclic_riccati import CyclicDareSolution, solve_cyclic_dare
-from deqlqr.dare import spectral_radius
+from deqlqr.cyclic_steady_state import CyclicSteadyState, cyclic_steady_state
 from deqlqr.deq import DEQ
 from deqlqr.divergence import (
     CategoricalKL,
@@ -29,7 +30,7 @@ from deqlqr.newton_krylov import NewtonKrylov
 from deqlqr.optim import ImplicitNGD, StepReport
 from deqlqr.resolvent import LinearSolution, Resolvent
 from deqlqr.riccati import DareSolution, solve_dare
-from deqlqr.routes import Dare, Kronecker, Krylov, Output, Route, Sampled
+from deqlqr.routes import Cyclic, Dare, Kronecker, Krylov, Output, Route, Sampled
 from deqlqr.search import Doubling
 from deqlqr.solution import (
     ConvergenceError,
@@ -40,6 +41,7 @@ from deqlqr.solution import (
 )
 from deqlqr.solver import FixedPointSolution, Solver
 from deqlqr.solvers import Anderson, Broyden, Picard
+from deqlqr.spectral import spectral_radius
 from deqlqr.steady_state import SteadyState, static_step, steady_state
 from deqlqr.stein import (
     CyclicSteinSolution,
@@ -47,6 +49,7 @@ from deqlqr.stein import (
     solve_cyclic_stein,
     solve_stein,
 )
+from deqlqr.sweeps import LayerDamping, NeumannInverse
 from deqlqr.torchdeq_solver import TorchDEQ
 
 __version__ = "0.1.0"
@@ -89,6 +92,7 @@ __all__ = [
     "Controls",
     # LQR problem
     "LQR",
+    "CyclicLQR",
     "InputCost",
     # Riccati
     "solve_dare",
@@ -105,10 +109,15 @@ __all__ = [
     "steady_state",
     "static_step",
     "SteadyState",
+    "cyclic_steady_state",
+    "CyclicSteadyState",
     # update
     "ImplicitNGD",
     "Route",
     "Dare",
+    "Cyclic",
+    "NeumannInverse",
+    "LayerDamping",
     "Output",
     "Sampled",
     "Krylov",

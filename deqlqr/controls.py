@@ -37,11 +37,12 @@ class Controls:
         self.shapes = [p.shape for p in self.parameters]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.m = sum(self.sizes)
+        self._none = self.parameters[0].detach().new_empty(0)
 
     @property
     def vector(self) -> Tensor:
         """A detached copy of u, shape `(m,)`."""
-        return torch.cat([p.detach().reshape(-1) for p in self.parameters])
+        return torch.cat([self._none, *(p.detach().reshape(-1) for p in self.parameters)])
 
     def part(self, which: Sequence[int]) -> "Controls":
         """Return some of the controls, by the numbers of their parameters."""

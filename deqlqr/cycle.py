@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from deqlqr._linalg import norm
-from deqlqr.dare import Dare, Eliminated, Gain, closed_loop_radius, error_of, gain_of
+from deqlqr.dare import Dare, Eliminated, Gain, error_of, gain_of
 from deqlqr.input_cost import InputCost
 from deqlqr.scan import Chain
 from deqlqr.solution import DareResult
+from deqlqr.spectral import closed_loop_radius
 
 
 class Group(NamedTuple):

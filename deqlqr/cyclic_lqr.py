@@ -8,6 +8,7 @@ Source: thesis eq. 4.3.1, with linear terms wherever a cost is read.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from statistics import mode
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class CyclicLQR:
             value = getattr(self, field.name)
             if isinstance(value, Sequence):
                 object.__setattr__(self, field.name, tuple(value))
-        check_phases(self.A, self.B, Q=self.Q, R=self.R, M=self.M, a=self.a, b=self.b)
+        check_phases(self.A, self.B, self.Q, self.R, M=self.M, a=self.a, b=self.b)
 
     @property
     def p(self) -> int:
@@ -104,16 +105,13 @@ class CyclicLQR:
         Args:
             u: Those of every phase, `(*batch, m_k)`.
         """
-        joined = torch.cat(list(u), dim=-1)
-        if self.controls is None:
-            return joined
-        return torch.empty_like(joined).index_copy_(-1, torch.cat(list(self.controls)), joined)
+        return torch.cat(list(u), dim=-1) if self.controls is None else joined(u, self.controls)
 
     def split(self, u: Tensor) -> list[Tensor]:
         """Return the controls of every phase from all of them: the reverse of `join`."""
         if self.controls is None:
             return list(u.split(self.m, dim=-1))
-        return [u[..., index] for index in self.controls]
+        return split_up(u, self.controls)
 
     def composed(self) -> LQR:
         """Return the LQR of one round: its state that of phase 0, its controls those of all phases.
@@ -151,32 +149,57 @@ class CyclicLQR:
         return LQR(Phi, Gamma, Q, R, M, a, b)
 
 
+def joined(u: Sequence[Tensor], controls: Sequence[Tensor]) -> Tensor:
+    """Return all controls in one vector `(*batch, m)`, from those of every phase."""
+    flat = torch.cat(list(u), dim=-1)
+    return torch.empty_like(flat).index_copy_(-1, torch.cat(list(controls)), flat)
+
+
+def split_up(u: Tensor, controls: Sequence[Tensor]) -> list[Tensor]:
+    """Return the controls of every phase `(*batch, m_k)`, from all of them."""
+    return [u[..., index] for index in controls]
+
+
 def _damped(R: Tensor | InputCost, delta: float | Tensor) -> Tensor | InputCost:
     if isinstance(R, InputCost):
         return R.damped(delta)
     return R + delta * torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
 
 
-def check_phases(A: Any, B: Any, **others: Any) -> None:
+def check_phases(A: Any, B: Any, Q: Any, R: Any, **others: Any) -> None:
     """Check lengths, shapes, dtypes and devices of what belongs to the phases of a cycle.
 
     Args:
         A: State matrices.
         B: Input matrices.
-        others: Q, R, M, P0, a or b; what is `None` is not looked at.
+        Q: State costs.
+        R: Input costs.
+        others: M, P0, a or b; what is `None` is not looked at.
 
     Raises:
         ValueError: If something does not fit.
     """
-    given = {"A": A, "B": B} | {name: X for name, X in others.items() if X is not None}
+    given = {"A": A, "B": B, "Q": Q, "R": R} | {
+        name: X for name, X in others.items() if X is not None
+    }
     p = phase_count(**given)
-    for name in ("A", "B"):
-        for k, X in enumerate(given[name]):
-            if not isinstance(X, Tensor) or X.dim() < 2:
-                got = str(tuple(X.shape)) if isinstance(X, Tensor) else type(X).__name__
-                raise ValueError(f"{name}[{k}] must be a matrix (*batch, n, columns), got {got}.")
+    for name in ("A", "B", "Q", "R", "M"):
+        kinds = (Tensor, InputCost) if name == "R" else (Tensor,)
+        for k, X in enumerate(given.get(name, ())):
+            if not isinstance(X, kinds) or len(X.shape) < 2:
+                got = str(tuple(X.shape)) if isinstance(X, kinds) else type(X).__name__
+                raise ValueError(
+                    f"{name}[{k}] must be a matrix (*batch, rows, columns), got {got}."
+                )
     like = A[0]
-    batch, n, m = like.shape[:-2], [X.shape[-1] for X in A], [X.shape[-1] for X in B]
+    batch = like.shape[:-2]
+    # Sizes by what most matrices say, so that the one that does not fit is the one named.
+    n = [mode((Q[k].shape[-1], A[k].shape[-1], A[k - 1].shape[-2])) for k in range(p)]
+    crossed = given.get("M", B)
+    m = [
+        mode((B[k].shape[-1], R[k].shape[-1], crossed[k].shape[-1 if crossed is B else -2]))
+        for k in range(p)
+    ]
     if like.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"A[0] must be float32 or float64, got {like.dtype}.")
     if min(n) == 0:
@@ -198,8 +221,8 @@ def check_phases(A: Any, B: Any, **others: Any) -> None:
             if not isinstance(X, kinds) or tuple(X.shape) != expected:
                 got = str(tuple(X.shape)) if isinstance(X, kinds) else type(X).__name__
                 raise ValueError(
-                    f"{name}[{k}] must have shape {expected}, for n = {n} states and m = {m} "
-                    f"controls by the columns of A and B; got {got}."
+                    f"{name}[{k}] must have shape {expected}, for phases of n = {n} states and "
+                    f"m = {m} controls; got {got}."
                 )
             if X.dtype != like.dtype or X.device != like.device:
                 raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deqlqr._checks import choice, count, one_forward_level
-from deqlqr.cyclic_lqr import check_phases
+from deqlqr.cyclic_lqr import CyclicLQR, check_phases
 from deqlqr.dare import Gain
 from deqlqr.input_cost import InputCost
 from deqlqr.riccati_solve import Costs, Options, Solved, solve, solve_once
@@ -140,20 +140,14 @@ def solve_cyclic_dare(
     count("max_sweeps", max_sweeps)
     if out_dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"out_dtype must be float32, float64 or None, got {out_dtype}.")
-    raises = _solution if throw else None
-    options = Options(method, solver, out_dtype or A[0].dtype, max_sweeps, raises)
+    options = Options(
+        method, solver, out_dtype or A[0].dtype, max_sweeps, _solution if throw else None
+    )
     return _solution(solve(A, B, Q, R, M, P0, options))
 
 
 def factored_cyclic_dare(
-    A: Sequence[Tensor],
-    B: Sequence[Tensor],
-    Q: Sequence[Tensor],
-    R: Sequence[InputCost],
-    M: Sequence[Tensor],
-    *,
-    solver: Doubling = Doubling(),
-    P0: Sequence[Tensor] | None = None,
+    lqr: CyclicLQR, *, solver: Doubling = Doubling(), P0: Sequence[Tensor] | None = None
 ) -> CyclicDareSolution:
     """Solve as `solve_cyclic_dare` does, and keep the factors that a steady state reuses.
 
@@ -162,7 +156,9 @@ def factored_cyclic_dare(
     Returns:
         A `CyclicDareSolution`; inspect `result`.
     """
-    M = _checked(A, B, Q, R, M, P0)
+    # An InputCost each keeps the phases apart, and with them their factors.
+    A, B, Q, R, M = lqr.A, lqr.B, lqr.Q, [InputCost.of(R) for R in lqr.R], lqr.M
+    _checked(A, B, Q, R, M, P0)
     with torch.no_grad():
         return _solution(solve_once(A, B, Q, R, M, P0, Options("doubling", solver, A[0].dtype)))
 
@@ -187,7 +183,7 @@ def _checked(
     Raises:
         ValueError: If something does not fit.
     """
-    check_phases(A, B, Q=Q, R=R, M=M, P0=P0)
+    check_phases(A, B, Q, R, M=M, P0=P0)
     if not any(X.shape[-1] for X in B):
         raise ValueError("B must have a column in at least one phase, got none.")
     if M is not None:

@@ -117,26 +117,31 @@ def around_cycle(F: Sequence[Tensor], c: Sequence[Tensor]) -> tuple[list[Tensor]
 def _optimality(
     lqr: CyclicLQR, x: Sequence[Tensor], u: Sequence[Tensor], p: Sequence[Tensor]
 ) -> Tensor:
-    """Return the largest residual of (C5) and of x_{k+1}, each relative to its kind's largest."""
-    worst, tiny = torch.zeros_like(x[0][..., 0, 0]), torch.finfo(x[0].dtype).tiny
-    size: dict[
-        str, Tensor
-    ] = {}  # a phase whose own terms are all rounding is measured by the others
-    terms: list[tuple[str, tuple[Tensor, ...]]] = []
+    """Return the largest residual of (C5) and of the dynamics."""
+    kinds = []
     for k in range(lqr.p):
         x_next, p_next = x[(k + 1) % lqr.p], p[(k + 1) % lqr.p]
         A, B, Q, R, M = lqr.A[k], lqr.B[k], lqr.Q[k], lqr.R[k], lqr.M[k]
         a, b = lqr.a[k][..., None], lqr.b[k][..., None]
-        terms += [
-            ("costate", (A.mT @ p_next, Q @ x[k], M.mT @ u[k], a, -p[k])),
-            ("control", (B.mT @ p_next, M @ x[k], R @ u[k], b)),
-            ("state", (A @ x[k], B @ u[k], -x_next)),
-        ]
-    for kind, equation in terms:
-        scale = torch.stack([norm(term) for term in equation]).amax(0)
-        size[kind] = torch.maximum(size.get(kind, scale), scale)
-    for kind, equation in terms:
-        worst = torch.maximum(
-            worst, norm(torch.stack(equation).sum(0)) / size[kind].clamp(min=tiny)
-        )
-    return worst
+        kinds.append((
+            (A.mT @ p_next, Q @ x[k], M.mT @ u[k], a, -p[k]),
+            (B.mT @ p_next, M @ x[k], R @ u[k], b),
+            (A @ x[k], B @ u[k], -x_next),
+        ))
+    return worst_residual(kinds)
+
+
+def worst_residual(phases: Sequence[Sequence[tuple[Tensor, ...]]]) -> Tensor:
+    """Return the largest error of the phases' equations, `(*batch,)`.
+
+    Args:
+        phases: The equations of each phase, as terms `(*batch, n, 1)` that should sum to 0. Errors
+            are relative to the largest term of the same equation in any phase, since in one phase
+            all its terms may be rounding.
+    """
+    worst = []
+    for equations in zip(*phases, strict=True):
+        sizes = torch.stack([norm(term) for terms in equations for term in terms]).amax(0)
+        errors = torch.stack([norm(torch.stack(terms).sum(0)) for terms in equations]).amax(0)
+        worst.append(errors / sizes.clamp(min=torch.finfo(errors.dtype).tiny))
+    return torch.stack(worst).amax(0)

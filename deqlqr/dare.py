@@ -6,6 +6,7 @@ Q and P (*batch, n, n), P+ (*batch, n+, n+), R (*batch, m, m), M and K (*batch, 
 
     (R1)  P = A'P+A + Q - (M + B'P+A)' K,   K = (R + B'P+B)^-1 (M + B'P+A),   A_cl = A - B K
           that is  P = A'P+ A_cl + Q - M'K,   R K = M + B'P+ A_cl
+          or     P = A_cl'P+ A_cl + K'R K + Q - M'K - K'M
     (R4)  A_0 = A - B R^-1 M,   G_0 = B R^-1 B',   H_0 = Q - M' R^-1 M
     (R7)  K = R^-1 M + R^-1 B' (I + P+G_0)^-1 P+ A_0
           (R + B'P+B)^-1 r = R^-1 r - R^-1 B' (I + P+G_0)^-1 P+B R^-1 r
@@ -25,7 +26,6 @@ from deqlqr._linalg import (
     LUFactor,
     identity_like,
     is_finite,
-    largest,
     lu_factor,
     norm,
     relative,
@@ -223,70 +223,22 @@ def error_of(dare: Dare, P: Tensor, P_next: Tensor, gain: Gain) -> Error:
     (A, B, Q, R, M), K = dare, gain.K
     A_cl = A - B @ K
     PA = P_next @ A_cl
-    APA, BPA, RK, MK = A.mT @ PA, B.mT @ PA, R @ K, times(K.mT, M).mT
-    defect = APA + Q - MK - P
-    tiny = torch.finfo(P.dtype).tiny
-    mixed = _mixed_size(dare, P_next, gain, MK, APA)
+    BPA, RK, MK = B.mT @ PA, R @ K, times(K.mT, M).mT
+    terms: tuple[Tensor, ...]
+    if gain.mixed is None:  # more controls than states: K'RK would cost more than all the rest
+        APA = A.mT @ PA
+        mixed, terms = _mixed_size(dare, P_next, gain, MK, APA), (APA, Q, -MK, -P)
+    else:  # where a large P+ comes down to a small P, this form has no large terms that cancel
+        mixed, terms = norm(gain.mixed), (A_cl.mT @ PA, K.mT @ RK, Q, -MK, -MK.mT, -P)
     scale = torch.stack([norm(RK), norm(M), norm(BPA), mixed]).amax(0)
-    residual = torch.maximum(
-        relative(defect, P, APA, Q, MK), norm(RK - M - BPA) / scale.clamp(min=tiny)
-    )
+    gain_error = norm(RK - M - BPA) / scale.clamp(min=torch.finfo(P.dtype).tiny)
+    defect = sum(terms[1:], terms[0])
+    residual = torch.maximum(relative(defect, *terms), gain_error)
     return Error(A_cl, defect, residual)
 
 
 def _mixed_size(dare: Dare, P: Tensor, gain: Gain, MK: Tensor, APA: Tensor) -> Tensor:
     """Return the size of M + B'PA, or less: below it the second equation is all rounding."""
-    if gain.mixed is not None:
-        return norm(gain.mixed)
     # |(M + B'PA)'K| / |K|, which needs no further product with m rows.
     size = norm(gain.K).clamp(min=torch.finfo(P.dtype).tiny)
     return norm(MK + dare.A.mT @ (P @ dare.A) - APA) / size
-
-
-def spectral_radius(A: Tensor, squarings: int = 12) -> Tensor:
-    """Return the spectral radius of A (*batch, n, n) from above, by repeated squaring.
-
-    By Gelfand's formula rho(A) <= ||A^k||_F^(1/k) for every k; here k = 2^squarings, which is
-    tight to a relative error of about log(n cond)/k. Products only, so it stays on the device;
-    a value below 1 certifies stability. Returns NaN for a matrix that holds NaN or inf.
-
-    Args:
-        A: `(*batch, n, n)`.
-        squarings: Number of squarings.
-
-    Example:
-        >>> float(spectral_radius(torch.diag(torch.tensor([0.5, -0.9])))) - 0.9 < 1e-3
-        True
-    """
-    return _gelfand(A, squarings)[0]
-
-
-def closed_loop_radius(A_cl: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bound that certifies the closed loop, and the estimate that is reported.
-
-    The loop is A_cl times exp(log_scale), `(*batch,)`, which may be too large for a number.
-    """
-    bound, estimate = _gelfand(A_cl, 7, log_scale)
-    near = bound > 0.9  # there the bound must not be what keeps a stable loop from passing
-    if near.any():
-        bound[near], estimate[near] = _gelfand(A_cl[near], 26, log_scale[near])
-    return bound, estimate
-
-
-def _gelfand(A: Tensor, squarings: int, log_scale: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return Gelfand's bound of the spectral radius, and an estimate of what it tends to.
-
-    If ||A^k|| goes as c rho^k, then b_2k^2 / b_k of the bounds b is rho.
-    """
-    tiny = torch.finfo(A.dtype).tiny
-    top = largest(A) + tiny  # so that no square vanishes or overflows
-    A = A / top[..., None, None]
-    size = norm(A) + tiny
-    bound = before = top.log() + size.log() + log_scale
-    for k in range(1, squarings + 1):
-        # A^(2^k) is a matrix that is squared here, times the power by which it was scaled.
-        A = A / size[..., None, None]
-        A = A @ A
-        size = norm(A) + tiny
-        before, bound = bound, bound + 0.5**k * size.log()
-    return bound.exp(), (2 * bound - before).exp()

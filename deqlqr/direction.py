@@ -24,6 +24,8 @@ class Direction:
         dare_residual: See there.
         dare_iterations: See there.
         iterations: See there.
+        truncation: See there.
+        layer_damping: See there.
     """
 
     u: Tensor | None
@@ -35,6 +37,8 @@ class Direction:
     dare_residual: float | None = None
     dare_iterations: int | None = None
     iterations: int | None = None
+    truncation: float | None = None
+    layer_damping: tuple[float, ...] | None = None
 
 
 class Local(Protocol):

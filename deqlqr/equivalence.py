@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from deqlqr._checks import at_least
 from deqlqr.batch import Batch
 from deqlqr.controls import Controls
-from deqlqr.dare import spectral_radius
 from deqlqr.deq import DEQ, find_deq
 from deqlqr.direction import Local
 from deqlqr.divergence import Divergence, DivergenceLike, Euclidean, Newton, OutputDivergence
@@ -34,6 +33,7 @@ from deqlqr.riccati import solve_dare
 from deqlqr.routes import Kronecker, Krylov, Memory, Output, Route, Sampled
 from deqlqr.solution import ConvergenceError
 from deqlqr.solvers import Anderson, Picard
+from deqlqr.spectral import spectral_radius
 from deqlqr.steady_state import curvature, static_step, steady_state
 
 _GRADIENT_TOLERANCE = 1e-9

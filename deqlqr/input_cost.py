@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deqlqr._linalg import LUFactor, lu_factor
+from deqlqr.spectral import spectral_radius
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,14 @@ class InputCost:
         rest = self.diagonal.index_fill(-1, self.coupled, 0.0)
         block = torch.linalg.matrix_norm(self.block)
         return torch.hypot(block, torch.linalg.vector_norm(rest, dim=-1))
+
+    def radius(self) -> Tensor:
+        """Return a bound on the spectral radius of R, `(*batch,)`, from above."""
+        rest = self.diagonal.abs().index_fill(-1, self.coupled, 0.0)
+        largest = rest.amax(-1) if rest.shape[-1] else rest.sum(-1)
+        if not len(self.coupled):
+            return largest
+        return torch.maximum(largest, spectral_radius(self.block))
 
     def factorise(self) -> "InputCostFactor":
         """Return what solves with R."""

@@ -18,12 +18,12 @@ Source: thesis section 4.3, with the corrections of docs/maths.md.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev
+from torch.func import functional_call, jacrev, jvp, vjp
 
 from deqlqr._linalg import identity_like
 from deqlqr.controls import Controls
@@ -31,7 +31,9 @@ from deqlqr.cyclic_lqr import CyclicLQR
 from deqlqr.deq import DEQ, Tap, find_deq
 from deqlqr.divergence import Divergence, Euclidean, Newton, OutputDivergence
 from deqlqr.input_cost import InputCost
+from deqlqr.input_map import InputMap, ProductMap, StoredMap
 from deqlqr.linearize_samples import (
+    Minibatch,
     check_input,
     hessian_terms,
     pulled_back,
@@ -44,6 +46,7 @@ from deqlqr.loss import Loss
 from deqlqr.phases import Phased, phases_of
 from deqlqr.solver import FixedPointSolution
 from deqlqr.state import StateShape
+from deqlqr.sweeps import Phase
 
 LocalPhase = Callable[[Tensor, Tensor, Tensor], Tensor]  # (u, s, x) -> s+ of one sample
 
@@ -54,7 +57,7 @@ class PhaseLinearization:
 
     Attributes:
         A: `(batch, n_{k+1}, n_k)` of every phase, like the next ones.
-        B: `(batch, n_{k+1}, m_k)`.
+        B: `(batch, n_{k+1}, m_k)`, or `None` where B is known by products only.
         Q: `(batch, n_k, n_k)`.
         R: `(batch, m_k, m_k)`.
         M: `(batch, m_k, n_k)`.
@@ -66,7 +69,7 @@ class PhaseLinearization:
     """
 
     A: list[Tensor]
-    B: list[Tensor]
+    B: list[Tensor] | None
     Q: list[Tensor]
     R: list[InputCost]
     M: list[Tensor]
@@ -75,9 +78,11 @@ class PhaseLinearization:
     controls: list[Tensor]
     loss: Tensor
     solution: FixedPointSolution
+    plan: "Plan" = field(repr=False)
 
     def exact(self) -> CyclicLQR:
         """Return the augmented-state problem of the whole batch (N2)."""
+        assert self.B is not None  # noqa: S101
         matrices = zip(self.A, self.B, self.Q, self.R, self.M, self.a, self.b, strict=True)
         phases = [stacked(*phase) for phase in matrices]
         joined = {name: [phase[name] for phase in phases] for name in phases[0]}
@@ -85,9 +90,27 @@ class PhaseLinearization:
 
     def per_sample(self) -> CyclicLQR:
         """Return a batch of problems, one for each sample (N3)."""
+        assert self.B is not None  # noqa: S101
         return CyclicLQR(
             self.A, self.B, self.Q, self.R, self.M, self.a, self.b, controls=self.controls
         )
+
+    def phases(self, minibatch: Minibatch, dtype: torch.dtype) -> list[Phase]:
+        """Return the phases for sweeps, with B by its products."""
+        found = []
+        rest = zip(self.A, self.Q, self.R, self.M, self.a, self.b, strict=True)
+        for k, (A, Q, R, M, a, b) in enumerate(rest):
+            B = A.new_zeros(*A.shape[:2], 0) if self.B is None else self.B[k]
+            own = {"A": A, "B": B, "Q": Q, "R": R, "M": M, "a": a, "b": b}
+            if minibatch == "exact":
+                own = stacked(**own)
+            own = {name: X.to(dtype) for name, X in own.items()}
+            if self.B is None:
+                own["B"] = self.plan.products(k, minibatch, own["A"])
+            else:
+                own["B"] = StoredMap(own["B"])
+            found.append(Phase(**own))
+        return found
 
 
 def linearize_phases(
@@ -98,8 +121,18 @@ def linearize_phases(
     divergence: Divergence,
     *,
     max_states: int | None = None,
+    stored: bool = True,
 ) -> PhaseLinearization:
     """Linearise a model at its fixed point, phase by phase and sample by sample (N4).
+
+    Args:
+        model: The model.
+        x: Inputs.
+        y: Targets.
+        loss: The loss.
+        divergence: What gives Q, R and M.
+        max_states: Most states of a sample in a phase.
+        stored: Form the matrices B; if not, they are known by products only, for `phases`.
 
     Returns:
         A `PhaseLinearization`, from which both kinds of minibatch problem are formed.
@@ -118,24 +151,25 @@ def linearize_phases(
             "(Cyclic(max_states=...)). Take a smaller batch, or route 'output', 'sampled', "
             "'krylov' or 'kronecker'."
         )
-    layers = [at.layer(k) for k in range(1, len(at.used))]
-    plan = _Plan(at, layers)
+    layers = [at.layer(k, stored) for k in range(1, len(at.used))]
+    plan = Plan(at, layers)
     read = at.readout(plan.own[0])
     require_independent(model, x, at.solution, layers[-1].value, read.value)
     outputs = read.value.detach().requires_grad_()
     cost = loss(outputs, y)
     (dJ,) = torch.autograd.grad(cost, outputs)
     dJ = dJ * len(x)  # the sample's own gradient, without the 1/batch of the mean
-    A, B = plan.dynamics()
-    a, b = ([X.new_zeros(len(x), X.shape[-1]) for X in Xs] for Xs in (A, B))
+    A = plan.state_matrices()
+    a, b = ([read.A.new_zeros(len(x), size) for size in sizes] for sizes in plan.sizes(A))
     a[0] = torch.einsum("bk,bkn->bn", dJ, read.A)
     b[0] = torch.einsum("bk,bkm->bm", dJ, read.B)
     if isinstance(divergence, Newton):
         plan.require_single_use()
         Q, M, R = at.newton_terms(layers, plan.own, y, loss, a[0])
     else:
-        Q, M, R = _costs(divergence, read, A, B)
-    return PhaseLinearization(A, B, Q, R, M, a, b, plan.controls, cost.detach(), at.solution)
+        Q, M, R = _costs(divergence, read, *plan.sizes(A))
+    B = plan.input_matrices(A) if stored else None
+    return PhaseLinearization(A, B, Q, R, M, a, b, plan.controls, cost.detach(), at.solution, plan)
 
 
 @dataclass(frozen=True)
@@ -256,10 +290,14 @@ class _Model:
         )
         return [i for i, grad in enumerate(grads) if grad is not None]
 
-    def layer(self, k: int) -> _Layer:
-        """Return layer k, from 1 on, linearised."""
-        local = self._local(k, self.controls.part(self.used[k]))
-        return self._linearized(local, self._states[k - 1], self.used[k])
+    def layer(self, k: int, stored: bool) -> _Layer:
+        """Return layer k, from 1 on, linearised in its state, and if `stored` in its parameters."""
+        used = self.used[k] if stored else []
+        return self._linearized(self.local(k, used), self.states(k), used)
+
+    def states(self, k: int) -> Tensor:
+        """Return what enters layer k, `(batch, n)`."""
+        return self._states[k - 1]
 
     def readout(self, parameters: Sequence[int]) -> _Layer:
         """Return the readout linearised in z and in some parameters."""
@@ -271,8 +309,9 @@ class _Model:
 
         return self._linearized(local, self._states[0], parameters)
 
-    def _local(self, k: int, part: Controls) -> LocalPhase:
+    def local(self, k: int, parameters: Sequence[int]) -> LocalPhase:
         """Return (u, s, x) -> s+ for one sample and layer k: s is (n,), s+ (n+,)."""
+        part = self.controls.part(parameters)
         before, after, zshape = self._shapes[k - 1], self._shapes[k], self._shapes[0]
         z = zshape.unflatten(self._states[0][:1])
 
@@ -320,7 +359,7 @@ class _Model:
         terms = [hessian_terms(read, self._points(0, part), n)]
         for k in range(1, len(self.used)):
             layer_part = self.controls.part(own[k])
-            local, size, p = self._local(k, layer_part), self.sizes[k - 1], costates[k]
+            local, size, p = self.local(k, own[k]), self.sizes[k - 1], costates[k]
 
             def hamiltonian(
                 v: Tensor, s: int, local: Any = local, size: int = size, p: Tensor = p
@@ -348,7 +387,7 @@ def _costates(A: Sequence[Tensor], a: Tensor) -> list[Tensor]:
     return [p[-1], *p]
 
 
-class _Plan:
+class Plan:
     """Which parameters are the controls of which phase, and what the states carry (N5).
 
     Attributes:
@@ -357,7 +396,9 @@ class _Plan:
     """
 
     def __init__(self, at: _Model, layers: Sequence[_Layer]) -> None:
-        self._layers, self._sizes, self._names = layers, at.controls.sizes, at.controls.names
+        self._at, self._layers = at, layers
+        self._sizes, self._names = at.controls.sizes, at.controls.names
+        self._widths = {k: layer.A.shape[-2] for k, layer in enumerate(layers, 1)}
         used, count = at.used, len(at.controls.parameters)
         # What acts on the output directly, or on nothing, is a control where the output is read.
         first = [next((k for k, some in enumerate(used) if i in some), 0) for i in range(count)]
@@ -379,30 +420,69 @@ class _Plan:
             for some in self.own
         ]  # fmt: skip
 
-    def dynamics(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return A and B of every phase."""
-        found = [self._phase(j) for j in range(len(self.own))]
-        return [A for A, _ in found], [B for _, B in found]
+    def sizes(self, A: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+        """Return the numbers of states and of controls of every phase."""
+        return [X.shape[-1] for X in A], [len(index) for index in self.controls]
 
-    def _phase(self, j: int) -> tuple[Tensor, Tensor]:
+    def state_matrices(self) -> list[Tensor]:
+        """Return A of every phase."""
+        return [self._state_matrix(j) for j in range(len(self.own))]
+
+    def _state_matrix(self, j: int) -> Tensor:
         layer = self._layers[max(j, 1) - 1]
-        carried, on = self._carried[j], [*self._carried[1:], []][j]
         eye = lambda n: torch.eye(n, dtype=layer.A.dtype, device=layer.A.device)
-        n = layer.A.shape[-1]
-        n_next = n if j == 0 else layer.A.shape[-2]
-        width = {k: self._layers[k - 1].A.shape[-2] for k in {*carried, *on}}
-        columns, rows = _places(n, carried, width), _places(n_next, on, width)
-        batch = len(layer.A)
-        A = layer.A.new_zeros(batch, _end(rows), _end(columns))
+        n, carried = layer.A.shape[-1], self._carried[j]
+        rows, columns = self._rows(j), _places(n, carried, self._widths)
+        A = layer.A.new_zeros(len(layer.A), _end(rows), _end(columns))
         A[:, rows[None], columns[None]] = eye(n) if j == 0 else layer.A
         for k in carried:
-            A[:, rows[k if k in on else None], columns[k]] = eye(width[k])
-        B = layer.A.new_zeros(batch, _end(rows), len(self.controls[j]))
-        if j > 0:
-            B[:, rows[None]] = layer.by(self.own[j], self._sizes)
-        for k in on:
-            B[:, rows[k]] = self._layers[k - 1].by(self.own[j], self._sizes)
-        return A, B
+            A[:, rows.get(k, rows[None]), columns[k]] = eye(self._widths[k])
+        return A
+
+    def _rows(self, j: int) -> dict[int | None, slice]:
+        """Return where the state and what is carried stand after phase j."""
+        A = self._layers[max(j, 1) - 1].A
+        on = self._carried[j + 1] if j + 1 < len(self._carried) else []
+        return _places(A.shape[-1 if j == 0 else -2], on, self._widths)
+
+    def _effects(self, j: int) -> list[tuple[slice, int]]:
+        """Return which rows of phase j's B are the derivatives of which layer."""
+        rows = self._rows(j)
+        return [(where, j if k is None else k) for k, where in rows.items() if k or j]
+
+    def input_matrices(self, A: Sequence[Tensor]) -> list[Tensor]:
+        """Return B of every phase."""
+        found = []
+        for j, A_j in enumerate(A):
+            B = A_j.new_zeros(*A_j.shape[:2], len(self.controls[j]))
+            for where, k in self._effects(j):
+                B[:, where] = self._layers[k - 1].by(self.own[j], self._sizes)
+            found.append(B)
+        return found
+
+    def products(self, j: int, minibatch: Minibatch, like: Tensor) -> InputMap:
+        """Return B of phase j by its products, in the type of `like` (*batch, n+, n)."""
+        parts = [
+            (where, _LayerProducts(self._at, k, self.own[j], minibatch))
+            for where, k in self._effects(j)
+        ]
+        m, exact = len(self.controls[j]), minibatch == "exact"
+        batch, rows = len(self._layers[0].A), _end(self._rows(j))
+
+        def push(v: Tensor) -> Tensor:
+            out = v.new_zeros(batch, rows, v.shape[-1])
+            for where, part in parts:
+                out[:, where] = part.push(v)
+            return out.flatten(0, 1) if exact else out
+
+        def pull(w: Tensor) -> Tensor:
+            w = w.reshape(batch, rows, w.shape[-1])
+            out = w.new_zeros(*(() if exact else (batch,)), m, w.shape[-1])
+            for where, part in parts:
+                out = out + part.pull(w[:, where])
+            return out
+
+        return ProductMap(m, push, pull, like)
 
     def require_single_use(self) -> None:
         """Refuse a parameter that acts in several phases.
@@ -417,6 +497,49 @@ class _Plan:
                 "cyclic Newton problem: let the block's phases hand on what the parameters make, "
                 "as ConvBlock.phases does, or take route 'dare'."
             )
+
+
+class _LayerProducts:
+    """Products with a layer's derivative in some parameters, of all samples."""
+
+    def __init__(self, at: _Model, k: int, parameters: Sequence[int], minibatch: Minibatch) -> None:
+        part, used = at.controls.part(parameters), at.used[k]
+        kept = [i for i in parameters if i in used]
+        entries = zip(parameters, torch.arange(part.m).split(part.sizes), strict=True)
+        self._m, self._entries = part.m, [index for i, index in entries if i in kept]
+        self._u = at.controls.part(kept).vector
+        self._local, self._at, self._k = at.local(k, kept), at, k
+        self._exact = minibatch == "exact"
+
+    def push(self, v: Tensor) -> Tensor:
+        """Return B v `(batch, n+, j)` for v `(m, j)`, or `(batch, m, j)` for one each."""
+        states, x = self._at.states(self._k), self._at.x
+        kept = v[..., self._index(v.device), :].to(states.dtype)
+
+        def one(s: Tensor, x: Tensor, direction: Tensor) -> Tensor:
+            return jvp(lambda u: self._local(u, s, x), (self._u,), (direction,))[1]
+
+        own = None if self._exact else 0
+        samples = torch.vmap(one, (0, 0, own))
+        return torch.vmap(lambda d: samples(states, x, d), -1, -1)(kept).to(v.dtype)
+
+    def pull(self, w: Tensor) -> Tensor:
+        """Return B'w `(m, j)`, or `(batch, m, j)`, for w `(batch, n+, j)`."""
+        states, x = self._at.states(self._k), self._at.x
+
+        def one(s: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
+            return vjp(lambda u: self._local(u, s, x), self._u)[1](cotangent)[0]
+
+        samples = torch.vmap(one)
+        total = lambda c: samples(states, x, c).sum(0) if self._exact else samples(states, x, c)
+        pulled = torch.vmap(total, -1, -1)(w.to(states.dtype)).to(w.dtype)
+        out = w.new_zeros(*pulled.shape[:-2], self._m, w.shape[-1])
+        return out.index_copy_(-2, self._index(w.device), pulled)
+
+    def _index(self, device: torch.device) -> Tensor:
+        if not self._entries:
+            return torch.arange(0, device=device)
+        return torch.cat(self._entries).to(device)
 
 
 def _places(n: int, carried: Sequence[int], width: dict[int, int]) -> dict[int | None, slice]:
@@ -434,12 +557,11 @@ def _end(places: dict[int | None, slice]) -> int:
 
 
 def _costs(
-    divergence: Divergence, read: _Layer, A: Sequence[Tensor], B: Sequence[Tensor]
+    divergence: Divergence, read: _Layer, n: Sequence[int], m: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor], list[InputCost]]:
     """Return Q_k, M_k and R_k of a divergence of the output, or of the Euclidean one."""
     like, euclidean = read.A, isinstance(divergence, Euclidean)
     batch, none = len(like), torch.arange(0, device=like.device)
-    n, m = ([X.shape[-1] for X in Xs] for Xs in (A, B))
     Q = [like.new_zeros(batch, size, size) for size in n]
     M = [like.new_zeros(batch, *size) for size in zip(m, n, strict=True)]
     R = [

@@ -62,8 +62,10 @@ class StepReport:
         closed_loop_radius: Largest spectral radius of A - BK, of the last attempt; `None` on
             routes without a DARE, like the next two.
         dare_residual: Largest residual of the DARE, of the last attempt.
-        dare_iterations: Most doubling steps, of the last attempt.
+        dare_iterations: Most doubling steps or sweeps, of the last attempt.
         iterations: Products with the metric, on the Krylov route.
+        truncation: Bound on the relative error of the inverses, on the cyclic route by sweeps.
+        layer_damping: Damping of every phase there: of what reads the output, then of the layers.
     """
 
     loss: float
@@ -81,6 +83,8 @@ class StepReport:
     dare_residual: float | None
     dare_iterations: int | None
     iterations: int | None
+    truncation: float | None
+    layer_damping: tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
@@ -117,14 +121,15 @@ class ImplicitNGD(torch.optim.Optimizer):
     A step can be taken on several batches at once: `accumulate` each, then call `step()`.
 
     Args:
-        model: Module with outputs `(batch, k)`; route `"dare"` wants exactly one `DEQ` layer.
+        model: Module with outputs `(batch, k)`; routes `"dare"` and `"cyclic"` want exactly one
+            `DEQ` layer.
         loss: `"cross_entropy"`, `"mse"` or a function `(outputs, targets) -> scalar`, a mean over
             the batch.
         lr: Step length; 1 takes the damped step as it is.
         damping: delta of R_bar = R + delta I, above 0.
-        route: How u is computed: `"dare"`, `"output"`, `"sampled"`, `"krylov"`, `"kronecker"`, or
-            an object with options such as `Kronecker(refresh_every=50)`. The first four compute or
-            estimate one and the same step; the last approximates its metric.
+        route: How u is computed: `"dare"`, `"cyclic"`, `"output"`, `"sampled"`, `"krylov"`,
+            `"kronecker"`, or an object with options such as `Kronecker(refresh_every=50)`. All but
+            the last compute or estimate one and the same step; it approximates the metric.
         divergence: What "steepest" is measured in (see `linearize`); `None` takes the one that
             matches the loss, which makes this natural gradient descent.
         momentum: Share of the last velocity in the next (O2).
@@ -583,6 +588,8 @@ class ImplicitNGD(torch.optim.Optimizer):
             dare_residual=direction.dare_residual,
             dare_iterations=direction.dare_iterations,
             iterations=direction.iterations,
+            truncation=direction.truncation,
+            layer_damping=direction.layer_damping,
         )
 
 

@@ -115,8 +115,7 @@ def solve_dare(
     choice("method", method, get_args(Method))
     if out_dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"out_dtype must be float32, float64 or None, got {out_dtype}.")
-    raises = _solution if throw else None
-    options = Options(method, solver, out_dtype or A.dtype, raises=raises)
+    options = Options(method, solver, out_dtype or A.dtype, solution=_solution if throw else None)
     return _solution(solve([A], [B], [Q], [R], [M], None if P0 is None else [P0], options))
 
 

@@ -34,7 +34,6 @@ from deqlqr.search import (
     polished,
     refined,
 )
-from deqlqr.solution import ConvergenceError, DareResult, describe_failures
 from deqlqr.stein import cotangent_of, solve_cyclic_stein
 
 Costs = Sequence[Tensor | InputCost]
@@ -49,8 +48,8 @@ class Options:
     solver: Doubling
     out_dtype: torch.dtype
     max_sweeps: int = 1
-    # Makes the solution that an error carries; nothing is raised if `None`.
-    raises: Callable[["Solved"], Any] | None = None
+    # Makes the solution that raises if an element failed; nothing is raised if `None`.
+    solution: Callable[["Solved"], Any] | None = None
 
 
 class Solved(NamedTuple):
@@ -95,7 +94,7 @@ def solve(
 
     Raises:
         ValueError: If Q or R is not symmetric.
-        ConvergenceError: If `options.raises` and an element failed.
+        ConvergenceError: If `options.solution` is given and an element failed.
     """
     start = [None] * len(A) if P0 is None else P0
     return Solved.of(_Riccati.apply(options, len(A), *A, *B, *Q, *R, *M, *start))
@@ -190,9 +189,8 @@ class _Riccati(torch.autograd.Function):
         found = solve_once(A, B, Q, R, M, P0, options)
         wide = scale.to(options.out_dtype)[..., None, None]
         found = found._replace(P=tuple(P * wide for P in found.P))
-        message = describe_failures(found.result, DareResult, "DARE") if options.raises else None
-        if message is not None and options.raises is not None:
-            raise ConvergenceError(message, options.raises(found))
+        if options.solution is not None:
+            options.solution(found).raise_if_failed()
         return found.flat
 
     @staticmethod

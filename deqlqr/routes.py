@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from deqlqr._checks import Options, at_least, choice, count
 from deqlqr._linalg import full_precision
 from deqlqr.batch import Batch, Chunk
+from deqlqr.cyclic_route import SweepOptions, linearize_cyclic
 from deqlqr.deq import DEQ
 from deqlqr.direction import Local, Steepest
 from deqlqr.divergence import Divergence, Euclidean, Newton, OutputDivergence
@@ -17,6 +18,7 @@ from deqlqr.krylov import ConjugateGradients, KrylovSystem
 from deqlqr.linearize_samples import Minibatch
 from deqlqr.output_space import linearize_outputs
 from deqlqr.riccati_route import linearize_riccati
+from deqlqr.sweeps import ExactInverse, InverseLike, LayerDamping, make_inverse
 
 
 @dataclass
@@ -69,17 +71,86 @@ class Dare(Options):
 
     def refuses(self, model: nn.Module, divergence: Divergence) -> str | None:
         """Refuse a model without a layer, or with several: they are no one LQR."""
-        layers = sum(isinstance(module, DEQ) for module in model.modules())
-        if layers == 1:
-            return None
-        return (
-            f"needs a model with exactly one DEQ layer, found {layers}; the routes "
-            "'output', 'sampled', 'krylov' and 'kronecker' take any number"
-        )
+        return _one_layer(model)
 
     def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
         """Return A, B, Q, R, M, a, b of the batch."""
         return linearize_riccati(at, divergence, dtype, self.minibatch, self.max_states)
+
+
+LayerDampingLike = Literal["fixed", "adaptive-layer"] | LayerDamping
+
+
+@dataclass(frozen=True)
+class Cyclic(Options):
+    """The cyclic Riccati equations of the block's layers: the step of `Dare`, layer by layer.
+
+    Takes blocks with phases: the package's, an `nn.Sequential`, or one that declares them (see
+    `deqlqr.phases`).
+
+    Attributes:
+        minibatch: As for `Dare`.
+        inverse: Of R_k + delta_k I + B_k'P B_k: `"exact"`, or `"neumann"` (V3), with options
+            `NeumannInverse(terms=20)`: no matrix is inverted and no B_k formed.
+        damping: `"fixed"`: the optimizer's delta for all layers. `"adaptive-layer"`: by each
+            layer's own curvature (V4) and at least the optimizer's, with options
+            `LayerDamping(margin=2.0)`; another step than that of `Dare`.
+        max_states: Largest batch x states between two layers (states, if per sample).
+        tol: Relative change of P in a sweep that counts as converged, where sweeps are what
+            solves: with any option but `"exact"` and `"fixed"`. `None` takes 1e-12, or 1e-6 in
+            float32.
+        max_sweeps: Most sweeps.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    minibatch: Minibatch = "exact"
+    inverse: InverseLike = "exact"
+    damping: LayerDampingLike = "fixed"
+    max_states: int = 4096
+    tol: float | None = None
+    max_sweeps: int = 1000
+
+    def __post_init__(self) -> None:
+        choice("minibatch", self.minibatch, get_args(Minibatch))
+        make_inverse(self.inverse)
+        if not isinstance(self.damping, LayerDamping):
+            choice("damping", self.damping, ("fixed", "adaptive-layer"))
+        count("max_states", self.max_states)
+        count("max_sweeps", self.max_sweeps)
+        if self.tol is not None:
+            at_least("tol", self.tol, 0.0, strict=True)
+
+    def refuses(self, model: nn.Module, divergence: Divergence) -> str | None:
+        """Refuse a model without a layer, or with several: they are no one LQR."""
+        return _one_layer(model)
+
+    def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
+        """Return A, B, Q, R, M, a, b of the batch, layer by layer."""
+        return linearize_cyclic(
+            at, divergence, dtype, self.minibatch, self.max_states, self._sweeps
+        )
+
+    @property
+    def _sweeps(self) -> SweepOptions | None:
+        inverse = make_inverse(self.inverse)
+        adapt = self.damping if isinstance(self.damping, LayerDamping) else None
+        if self.damping == "adaptive-layer":
+            adapt = LayerDamping()
+        if isinstance(inverse, ExactInverse) and adapt is None:
+            return None
+        return SweepOptions(inverse, adapt, self.tol, self.max_sweeps)
+
+
+def _one_layer(model: nn.Module) -> str | None:
+    layers = sum(isinstance(module, DEQ) for module in model.modules())
+    if layers == 1:
+        return None
+    return (
+        f"needs a model with exactly one DEQ layer, found {layers}; the routes "
+        "'output', 'sampled', 'krylov' and 'kronecker' take any number"
+    )
 
 
 class _OfOutputs:
@@ -246,6 +317,7 @@ class Kronecker(_OfOutputs, Options):
 
 _BY_NAME: dict[str, type] = {
     "dare": Dare,
+    "cyclic": Cyclic,
     "output": Output,
     "sampled": Sampled,
     "krylov": Krylov,

@@ -21,6 +21,7 @@ from deqlqr.solution import DareResult
 
 _SHIFTS = (1.0, 1e2, 1e-2)  # of the scale of the costs; tried in this order where doubling fails
 _WARM_STEPS = 8
+_POLISHING_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Doubling:
     Attributes:
         rtol: Largest residual accepted; `None` takes 1e-8, or 1e-4 for float32 without `refine`.
         max_steps: Most doubling steps.
-        polish: Take one Newton step (R8) at the end; `None` takes it where the residual is above
-            what rounding explains. A step that does not lower the residual is dropped.
+        polish: Take one Newton step (R8) at the end; `None` takes up to four while the residual is
+            above what rounding explains. A step that does not lower the residual is dropped.
         refine: For float32: Newton steps (R8) with the residual in float64 and the correction in
             float32. 0 leaves the solution at the accuracy of float32.
     """
@@ -77,16 +78,24 @@ def _warm(cycle: Cycle, P0: list[Tensor], rtol: float) -> Found:
 
 
 def polished(cycle: Cycle, found: Found, rtol: float, polish: bool | None) -> Found:
-    """Return the candidate after a Newton step, if it is asked for or the residual asks for it."""
-    # A residual of P is an error of P that is larger by 1 / (1 - rho^2).
-    radius, eps = found.certificate.closed_loop_radius, torch.finfo(cycle.dtype).eps
-    level = (1e3 + 10 * max(cycle.sizes)) * eps
-    wanted = (level * (1 - radius**2)).clamp(min=10 * eps, max=rtol)
-    asked = found.certificate.residual > wanted
-    stable = radius < 1
-    if polish is False or (polish is None and not (asked & stable).any()):
+    """Return the candidate after Newton steps, if asked for or while the residual asks for one."""
+    if polish is False:
         return found
-    return newton_step(cycle, found, rtol)[0]
+    eps = torch.finfo(cycle.dtype).eps
+    level = (1e3 + 10 * max(cycle.sizes)) * eps
+    for step in range(1 if polish else _POLISHING_STEPS):
+        # A residual of P is an error of P that is larger by 1 / (1 - rho^2).
+        _, _, _, radius, residual, _ = found.certificate
+        wanted = (level * (1 - radius**2)).clamp(min=10 * eps, max=rtol)
+        asked = (residual > wanted) & (radius < 1)
+        if step > 0:  # one step may finish what doubling began; others only add digits
+            asked = asked & found.stabilising
+        if polish is None and not asked.any():
+            break
+        found, better = newton_step(cycle, found, rtol)
+        if not better.any():
+            break
+    return found
 
 
 def refined(cycle: Cycle, found: Found, rtol: float, steps: int) -> Found:
@@ -115,7 +124,7 @@ def _retried(
     again = judge(part, limit.P, limit.iterations, limit.broken, rtol)
 
     def spread(whole: Tensor, piece: Tensor) -> Tensor:
-        flat = whole.reshape(-1, *whole.shape[wrong.dim() :])
+        flat = whole.reshape(wrong.numel(), *whole.shape[wrong.dim() :])
         return flat.index_copy(0, index, piece).reshape(whole.shape)
 
     # Where both fail, the verdict on the problem as posed stands.

@@ -113,16 +113,18 @@ def backward(phase, following):
 
 
 def swept(cycle: Cycle, sweeps=200) -> list[Tensor]:
-    """P after backward sweeps from P = 0."""
+    """P after backward sweeps from P = 0, each P the cost of its gain: no term cancels."""
     phases = list(zip(*arrays(cycle), strict=True))
     P = [np.zeros_like(phase[2]) for phase in phases]
     for _ in range(sweeps):
         before = P[0]
         for k in reversed(range(len(P))):
-            reached, saved, _ = backward(phases[k], P[(k + 1) % len(P)])
-            P[k] = reached + phases[k][2] - saved
+            (A, B, Q, R, M), following = phases[k], P[(k + 1) % len(P)]
+            _, _, K = backward(phases[k], following)
+            loop = A - B @ K
+            P[k] = loop.T @ following @ loop + Q - M.T @ K - K.T @ M + K.T @ R @ K
             P[k] = (P[k] + P[k].T) / 2
-        if np.linalg.norm(P[0] - before) <= 1e-15 * np.linalg.norm(P[0]):
+        if np.linalg.norm(P[0] - before) <= 1e-14 * np.linalg.norm(P[0]):
             break
     return [torch.as_tensor(X) for X in P]
 
@@ -389,6 +391,18 @@ def test_one_controlled_phase_holds_what_grows_in_all_the_others():
     assert solution.closed_loop_radius == pytest.approx(2**10 / (1 + P[5]), rel=0.02)
 
 
+def test_one_control_holds_two_states_that_grow_a_thousandfold_around_the_cycle():
+    A, B = tuple(2 * torch.linalg.qr(randn(10, 2, 2)).Q), randn(2, 1, seed=9)
+    B, R = (tuple(X[:, : k == 4] for k in range(10)) for X in (B, ONE))
+    R = tuple(X[: X.shape[1]] for X in R)
+    cycle = (A, B, (I2,) * 10, R, tuple(0 * X.mT for X in B))
+    solution, exact = solve(cycle), swept(cycle)
+    assert solved(cycle, solution, tolerance=1e-9)
+    gain = backward([X[4].numpy() for X in cycle], exact[5].numpy())[2]
+    assert relative(solution.K[4], torch.as_tensor(gain)) < 1e-8
+    assert distance(solution.P, exact) < 1e-8
+
+
 @pytest.mark.parametrize("p", [2, 120])
 @pytest.mark.parametrize("eps, tolerance", [(1e-2, 1e-13), (1e-4, 1e-11), (1e-6, 1e-9)])
 def test_closed_loops_near_the_unit_circle(eps, tolerance, p):
@@ -577,11 +591,11 @@ def test_a_failed_element_does_not_spoil_the_gradient_of_the_others():
         (lambda c: c | {"B": c["B"][:2]}, "B must have 3 phases .*got 2"),
         (lambda c: c | {"M": c["M"][:2]}, "M must have 3 phases .*got 2"),
         (lambda c: {name: () for name in c}, "A must .*(at least one|empty)"),
-        (lambda c: dict(zip("ABQRM", make_cycle([2, 1], [0, 0]), strict=True)), "B must have a column"),
+        (lambda c: {"A": [ONE], "B": [ONE[:, :0]], "Q": [ONE], "R": [ONE[:0, :0]]}, "column"),
         (lambda c: c | {"A": (c["A"][0], ONE, c["A"][2])}, r"A\[1\] must have shape \(2, 1\)"),
-        (lambda c: c | {"B": (c["A"][0], *c["B"][1:])}, r"R\[0\] must have shape \(3, 3\)"),
+        (lambda c: c | {"B": (c["A"][0], *c["B"][1:])}, r"B\[0\] must have shape \(1, 1\)"),
         (lambda c: c | {"B": (*c["B"][:2], c["B"][0])}, r"B\[2\] must have shape \(3, "),
-        (lambda c: c | {"Q": (*c["Q"][:2], c["Q"][0])}, r"\[2\] must have shape"),
+        (lambda c: c | {"Q": (*c["Q"][:2], c["Q"][0])}, r"Q\[2\] must have shape"),
         (lambda c: c | {"R": (*c["R"][:2], c["R"][1])}, r"R\[2\] must have shape \(2, 2\)"),
         (lambda c: c | {"M": (c["M"][0].mT, *c["M"][1:])}, r"M\[0\] must have shape \(1, 3\)"),
         (lambda c: c | {"Q": (c["Q"][0].triu(), *c["Q"][1:])}, r"Q\[0\] must be symmetric"),
