@@ -141,7 +141,11 @@ def solve_cyclic_dare(
     if out_dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"out_dtype must be float32, float64 or None, got {out_dtype}.")
     options = Options(
-        method, solver, out_dtype or A[0].dtype, max_sweeps, _solution if throw else None
+        method,
+        solver,
+        out_dtype or A[0].dtype,
+        max_sweeps,
+        solution=_solution if throw else None,
     )
     return _solution(solve(A, B, Q, R, M, P0, options))
 
@@ -159,8 +163,9 @@ def factored_cyclic_dare(
     # An InputCost each keeps the phases apart, and with them their factors.
     A, B, Q, R, M = lqr.A, lqr.B, lqr.Q, [InputCost.of(R) for R in lqr.R], lqr.M
     _checked(A, B, Q, R, M, P0)
+    options = Options("doubling", solver, A[0].dtype, factors=True)
     with torch.no_grad():
-        return _solution(solve_once(A, B, Q, R, M, P0, Options("doubling", solver, A[0].dtype)))
+        return _solution(solve_once(A, B, Q, R, M, P0, options))
 
 
 def _solution(solved: Solved) -> CyclicDareSolution:

@@ -24,7 +24,7 @@ from deqlqr.linearize_samples import Minibatch
 from deqlqr.search import Doubling
 from deqlqr.solution import ConvergenceError, DareResult, describe_failures
 from deqlqr.solver import FixedPointSolution
-from deqlqr.sweeps import Inverse, LayerDamping, Phase, Swept, sweep_cycle
+from deqlqr.sweeps import Inverse, LayerDamping, NeumannInverse, Phase, Swept, sweep_cycle
 
 # What the step needs of P is judged by the steady state, in whatever type it is computed.
 _AS_IT_IS = Doubling(refine=0)
@@ -43,7 +43,7 @@ class SweepOptions:
 
     inverse: Inverse
     adapt: LayerDamping | None
-    tol: float | None
+    tol: float
     max_sweeps: int
 
 
@@ -219,8 +219,9 @@ def linearize_cyclic(
     """
     x, y = (torch.cat(parts) for parts in zip(*at.pieces, strict=True))
     each = max_states // len(x) if minibatch == "exact" else max_states
+    by_products = sweeps is not None and isinstance(sweeps.inverse, NeumannInverse)
     local = linearize_phases(
-        at.model, x, y, at.loss, divergence, max_states=each, stored=sweeps is None
+        at.model, x, y, at.loss, divergence, max_states=each, stored=not by_products
     )
     return CyclicProblem(local, minibatch, dtype, at.controls.sizes, sweeps)
 

@@ -30,7 +30,7 @@ from deqlqr.linearize_samples import choose_divergence, linearize_samples
 from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
 from deqlqr.riccati import solve_dare
-from deqlqr.routes import Kronecker, Krylov, Memory, Output, Route, Sampled
+from deqlqr.routes import Cyclic, Kronecker, Krylov, Memory, Output, Route, Sampled
 from deqlqr.solution import ConvergenceError
 from deqlqr.solvers import Anderson, Picard
 from deqlqr.spectral import spectral_radius
@@ -166,7 +166,7 @@ def check_equivalence(
         >>> model = nn.Sequential(DEQ(DenseBlock(3)), nn.Linear(3, 2))
         >>> report = check_equivalence(model, torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
         >>> report.passed, len(report.rows)
-        (True, 12)
+        (True, 13)
     """
     damping = at_least("damping", damping, 0.0, strict=True)
     chosen = choose_divergence(loss, divergence)
@@ -185,6 +185,8 @@ def check_equivalence(
 
 class _Check:
     """A float64 copy of the model with its batch, and the routes on it."""
+
+    _NO_LIMIT = 2**31  # what fits the composed problem is checked before
 
     def __init__(
         self, model: nn.Module, x: Tensor, y: Tensor, loss: Loss, damping: float, limit: int
@@ -267,6 +269,8 @@ class _Check:
         if isinstance(divergence, OutputDivergence):
             explicit = lambda: self._explicit_step(divergence)
             rows.append(row("DARE steady state", "explicit damped metric, dense", dare, explicit))
+            cyclic = lambda: self._cyclic_step(divergence)
+            rows.append(row("DARE steady state", "cyclic DARE, layer by layer (C4)", dare, cyclic))
             output = lambda: self._step_by(Output(), divergence)
             rows.append(row("DARE steady state", "output space (W3)", dare, output))
             krylov = lambda: self._step_by(_TIGHT, divergence)
@@ -307,6 +311,13 @@ class _Check:
     def _step_by(self, route: Route, divergence: OutputDivergence) -> Tensor:
         """Return the step of `ImplicitNGD` by a route."""
         return self._solved(self._local(route, divergence))
+
+    def _cyclic_step(self, divergence: OutputDivergence) -> Tensor:
+        """Return the step of the block's layers (F5)."""
+        try:
+            return self._step_by(Cyclic(max_states=self._NO_LIMIT), divergence)
+        except ValueError as error:  # a block without phases
+            raise _Skip(str(error)) from error
 
     def _explicit_step(self, divergence: OutputDivergence, *, sampled: bool = False) -> Tensor:
         """Return the step with the metric J'Lambda J / batch, J = dy/du by autograd.

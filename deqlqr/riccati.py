@@ -137,7 +137,7 @@ def factored_dare(
         A `DareSolution`; inspect `result`.
     """
     A, B, Q, R, M = _checked(A, B, Q, R, M, P0)
-    options = Options("doubling", solver, A.dtype)
+    options = Options("doubling", solver, A.dtype, factors=True)
     with torch.no_grad():
         return _solution(solve_once([A], [B], [Q], [R], [M], None if P0 is None else [P0], options))
 

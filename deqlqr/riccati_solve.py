@@ -48,6 +48,7 @@ class Options:
     solver: Doubling
     out_dtype: torch.dtype
     max_sweeps: int = 1
+    factors: bool = False  # keep those of the gains; a large batch is then solved in one piece
     # Makes the solution that raises if an element failed; nothing is raised if `None`.
     solution: Callable[["Solved"], Any] | None = None
 
@@ -109,13 +110,13 @@ def solve_once(
     P0: Sequence[Tensor] | None,
     options: Options,
 ) -> Solved:
-    """Solve (C1) without derivatives, and keep the factors of the gains."""
+    """Solve (C1) without derivatives."""
     Q, R = _symmetric_costs(Q, R)
     p, start = len(A), min(range(len(A)), key=lambda k: A[k].shape[-1])
     turned = [[X[(start + k) % p] for k in range(p)] for X in (A, B, Q, R, M)]
     P0 = None if P0 is None else [P0[(start + k) % p] for k in range(p)]
     cycle = Cycle.of(*turned)  # from a phase with the fewest states
-    found = _in_pieces(cycle, P0, options)
+    found = (_solve if options.factors else _in_pieces)(cycle, P0, options)
     back = [(k - start) % p for k in range(p)]
     P, K = (tuple(X[k] for k in back) for X in (found.P, found.K))
     gains = found.gains

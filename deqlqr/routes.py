@@ -97,8 +97,7 @@ class Cyclic(Options):
             `LayerDamping(margin=2.0)`; another step than that of `Dare`.
         max_states: Largest batch x states between two layers (states, if per sample).
         tol: Relative change of P in a sweep that counts as converged, where sweeps are what
-            solves: with any option but `"exact"` and `"fixed"`. `None` takes 1e-12, or 1e-6 in
-            float32.
+            solves: with any option but `"exact"` and `"fixed"`.
         max_sweeps: Most sweeps.
 
     Raises:
@@ -109,7 +108,7 @@ class Cyclic(Options):
     inverse: InverseLike = "exact"
     damping: LayerDampingLike = "fixed"
     max_states: int = 4096
-    tol: float | None = None
+    tol: float = 1e-8
     max_sweeps: int = 1000
 
     def __post_init__(self) -> None:
@@ -119,8 +118,7 @@ class Cyclic(Options):
             choice("damping", self.damping, ("fixed", "adaptive-layer"))
         count("max_states", self.max_states)
         count("max_sweeps", self.max_sweeps)
-        if self.tol is not None:
-            at_least("tol", self.tol, 0.0, strict=True)
+        at_least("tol", self.tol, 0.0, strict=True)
 
     def refuses(self, model: nn.Module, divergence: Divergence) -> str | None:
         """Refuse a model without a layer, or with several: they are no one LQR."""

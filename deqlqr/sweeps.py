@@ -15,7 +15,7 @@ horizon's recursion.
 Source: thesis section 5.1, with 1/delta as a factor in eq. 5.1.4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -30,6 +30,7 @@ from deqlqr.input_map import InputMap
 from deqlqr.spectral import spectral_radius
 
 _SETTLED = 1e-3  # relative change of a damping that is taken for none
+_POWER_STEPS = 8  # of a look; the vector is kept from one look to the next
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,10 @@ class NeumannInverse(Options):
 
 @dataclass(frozen=True)
 class LayerDamping(Options):
-    """delta_k by the layer's own curvature (V4).
+    """delta_k by the layer's own curvature (V4), rho_k by power iteration.
 
-    rho_k is bounded from above by repeated squaring, a power iteration of all vectors at once, so
-    the margin is kept and not only aimed at.
+    That comes from below; at the end rho_k is bounded from above by repeated squaring and the
+    damping raised if need be, so that the margin is kept and not only aimed at.
 
     Attributes:
         margin: delta_k / rho_k, above 1.
@@ -233,24 +234,32 @@ class _Backward:
     def __init__(self, phases: Sequence[Phase], inverse: Inverse) -> None:
         self.phases, self.inverse = phases, inverse
         self._grams = [phase.B.gram() for phase in phases]
+        self._R_radius = [phase.R.radius() for phase in phases]
+        generator = torch.Generator().manual_seed(0)
+        self._vectors = [
+            torch.randn(*gram.shape[:-1], 1, generator=generator).to(gram) for gram in self._grams
+        ]
         self._plain = [
             not any(bool((X != 0).any()) for X in (phase.R.diagonal, phase.R.block, phase.M))
             for phase in phases
         ]
 
     def sweep(
-        self, P_end: Tensor, deltas: list[Tensor], adapt: LayerDamping | None, least: list[Tensor]
+        self, P_end: Tensor, damping: Callable[[int, Tensor], Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return P and the closed loop of every phase, and the damping, adapted if asked for."""
+        """Return P and the closed loop of every phase, and the damping.
+
+        Args:
+            P_end: P at the end.
+            damping: `(k, P+)` -> delta_k.
+        """
         P, found = P_end, []
         for k in reversed(range(len(self.phases))):
-            delta = deltas[k]
-            if adapt is not None:
-                delta = torch.maximum(least[k], adapt.margin * self.radius(k, P))
+            delta = damping(k, P)
             P, A_cl = self._step(self.system(k, P, delta))
             found.append((P, A_cl, delta))
-        Ps, loops, new = (list(column) for column in zip(*reversed(found), strict=True))
-        return Ps, loops, new
+        Ps, loops, deltas = (list(column) for column in zip(*reversed(found), strict=True))
+        return Ps, loops, deltas
 
     def widened(
         self, P_next: list[Tensor], deltas: list[Tensor], least: list[Tensor], margin: float
@@ -280,9 +289,25 @@ class _Backward:
         BBP = self._grams[k] @ P_next if self._plain[k] else None
         return System(self.phases[k], P_next, delta, BBP)
 
+    def estimate(self, k: int, P_next: Tensor) -> Tensor:
+        """Return the spectral radius of R + B'P+B by power iteration, from below.
+
+        The Rayleigh quotient of P+^(1/2) B B' P+^(1/2); the vector is kept for the next sweep.
+        """
+        v, gram, tiny = self._vectors[k], self._grams[k], torch.finfo(P_next.dtype).tiny
+        rho = torch.zeros_like(v[..., 0, 0])
+        for _ in range(_POWER_STEPS):
+            Pv = P_next @ v
+            w = gram @ Pv
+            rho = (w.mT @ Pv)[..., 0, 0] / (v.mT @ Pv)[..., 0, 0].clamp(min=tiny)
+            v = w / norm(w).clamp(min=tiny)[..., None, None]
+        dead = (norm(v) == 0)[..., None, None]  # P+ = 0, in the first sweep
+        self._vectors[k] = torch.where(dead, self._vectors[k], v)
+        return rho + self._R_radius[k]
+
     def radius(self, k: int, P_next: Tensor) -> Tensor:
         """Return a bound on the spectral radius of R + B'P+B, from above."""
-        rho = spectral_radius(self._grams[k] @ P_next) + self.phases[k].R.radius()
+        rho = spectral_radius(self._grams[k] @ P_next) + self._R_radius[k]
         return torch.nan_to_num(rho, nan=float("inf"))
 
     def _step(self, system: System) -> tuple[Tensor, Tensor]:
@@ -321,7 +346,7 @@ def sweep_cycle(
     inverse: InverseLike = "exact",
     adapt: LayerDamping | None = None,
     P0: Tensor | None = None,
-    tol: float | None = None,
+    tol: float = 1e-12,
     max_sweeps: int = 1000,
 ) -> Swept:
     """Solve a cyclic LQR (infinite horizon) by value iteration, and return its steady state.
@@ -332,32 +357,42 @@ def sweep_cycle(
         inverse: `"exact"`, `"neumann"` or a `NeumannInverse`.
         adapt: Damping by layer (V4); `None` keeps `damping`.
         P0: P of phase 0 of a nearby problem to start from; zero if `None`.
-        tol: Relative change of P in a sweep that counts as converged; `None` takes 1e-12 in
-            float64 and 1e-6 in float32.
+        tol: Relative change of P in a sweep that counts as converged; what the type can resolve,
+            1e-5 in float32, if that is more.
         max_sweeps: Most sweeps.
 
     Returns:
         A `Swept`; inspect `converged` and `truncation`.
     """
     like = phases[0].A
-    tol = (1e-6 if like.dtype == torch.float32 else 1e-12) if tol is None else tol
+    tol = max(tol, 100 * torch.finfo(like.dtype).eps)
     back = _Backward(phases, make_inverse(inverse))
     P = torch.zeros_like(phases[0].Q) if P0 is None else sym(P0)
     least, deltas = list(damping), list(damping)
+    margin = 0.0 if adapt is None else adapt.margin
     settled = torch.tensor(adapt is None, device=like.device).expand(like.shape[:-2])
+
+    def held(k: int, _: Tensor) -> Tensor:
+        return deltas[k]
+
+    def looked_at(k: int, P_next: Tensor) -> Tensor:
+        # What has settled stays: P converges for a damping that is held.
+        wanted = torch.maximum(least[k], margin * back.estimate(k, P_next))
+        return torch.where(settled, deltas[k], wanted)
+
     for sweeps in range(1, max_sweeps + 1):
-        look = adapt is not None and not settled.all() and (sweeps - 1) % adapt.refresh_every == 0
-        Ps, loops, new = back.sweep(P, deltas, adapt if look else None, least)
+        look = adapt is not None and (sweeps - 1) % adapt.refresh_every == 0
+        look = look and not bool(settled.all())
+        Ps, loops, new = back.sweep(P, looked_at if look else held)
         if look:
-            # What has settled stays: P converges for a damping that is held.
-            new = [torch.where(settled, d, e) for d, e in zip(deltas, new, strict=True)]
             moved = [(e - d).abs() > _SETTLED * d for d, e in zip(deltas, new, strict=True)]
             deltas, settled = new, settled | ~torch.stack(moved).any(0)
         change, size = norm(Ps[0] - P), norm(Ps[0])
         P = Ps[0]
         done = settled & (change <= tol * size)
         if adapt is not None and done.any():
-            deltas, short = back.widened(_next(Ps), deltas, least, adapt.margin)
+            raised, short = back.widened(_next(Ps), deltas, least, margin)
+            deltas = [torch.where(done, r, d) for r, d in zip(raised, deltas, strict=True)]
             done = done & ~short
         hopeless = ~size.isfinite()
         if adapt is None and sweeps & (sweeps - 1) == 0:
@@ -400,7 +435,13 @@ def sweep_chain(
         A `Swept`, with no closed loop around a cycle.
     """
     back = _Backward(phases, make_inverse(inverse))
-    Ps, loops, deltas = back.sweep(P_end, list(damping), adapt, list(damping))
+
+    def layer_damping(k: int, P_next: Tensor) -> Tensor:
+        if adapt is None:
+            return damping[k]
+        return torch.maximum(damping[k], adapt.margin * back.radius(k, P_next))
+
+    Ps, loops, deltas = back.sweep(P_end, layer_damping)
     ahead = [*Ps[1:], P_end]
     systems = [back.system(*of) for of in zip(range(len(phases)), ahead, deltas, strict=True)]
     lam = [lam_end[..., None]]
