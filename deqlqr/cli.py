@@ -27,6 +27,7 @@ from deqlqr.race import table as race_table
 from deqlqr.reproduce import FIGURES, reproduce
 from deqlqr.routes import ROUTES
 from deqlqr.solution import ConvergenceError
+from deqlqr.sweeps import INVERSES
 from deqlqr.training import OPTIMIZERS, SCHEDULES, TrainConfig, Trainer, resume_config
 
 _DEFAULT = TrainConfig()
@@ -80,8 +81,12 @@ def main() -> None:
     help="One LQR for the whole batch, or the mean of the samples' own steps.",
 )  # fmt: skip
 @click.option("--route", type=click.Choice(ROUTES), default=_DEFAULT.route,
-              help="How the step is computed: Riccati equation; output space, exact or sampled; "
-              "conjugate gradients; Kronecker factors.")  # fmt: skip
+              help="How the step is computed: Riccati equation, of the block or by layers; output "
+              "space, exact or sampled; conjugate gradients; Kronecker factors.")  # fmt: skip
+@click.option("--inverse", type=click.Choice(INVERSES), default=_DEFAULT.inverse,
+              help="Of the route cyclic: exact, or by a Neumann series.")  # fmt: skip
+@click.option("--margin", type=float, help="Of the route cyclic: damping by layer, this times the "
+              "layer's curvature and at least --damping.")  # fmt: skip
 @click.option("--momentum", type=float, default=_DEFAULT.momentum, help="Of the natural gradient.")
 @click.option(
     "--adaptive",
@@ -195,19 +200,23 @@ def check(
 
 
 @main.command("reproduce", context_settings={"show_default": True})
-@click.argument("figure", type=click.Choice(FIGURES))
+@click.argument("figure", type=click.Choice(list(FIGURES)))
 @click.option("--data-root", type=_PATH, required=True, help="Folder that holds MNIST/raw.")
-@click.option("--out", type=_PATH, default=Path("runs/fig4.1"), help="Folder for its results.")
-@click.option("--steps", type=int, default=200,
+@click.option("--out", type=_PATH, show_default="runs/FIGURE", help="Folder for its results.")
+@click.option("--steps", type=int, show_default="200 for fig4.1, 100 for fig5.1-deq",
               help="Steps of implicit NGD; gradient descent takes five times as many.")  # fmt: skip
 @_reported
-def reproduce_command(figure: str, data_root: Path, out: Path, steps: int) -> None:
+def reproduce_command(figure: str, data_root: Path, out: Path | None, steps: int | None) -> None:
     """Repeat a figure of the thesis; finished runs under --out are not run again.
 
     fig4.1: test accuracy by iteration of implicit natural gradient and of gradient descent at
     each learning rate of a grid, on MNIST with the toy convolutional block, batches of 64.
+
+    fig5.1-deq: figure 5.1 in the infinite horizon: fixed damping over a grid beside damping by
+    layer, with the exact inverse and with the Neumann series, on the same block, three seeds.
+    About an hour.
     """
-    click.echo(reproduce(figure, data_root, out, steps))
+    click.echo(reproduce(figure, data_root, out or Path("runs") / figure, steps))
 
 
 @main.group()
@@ -326,8 +335,8 @@ def _sizes(batch: tuple[int, ...], n: tuple[int, ...]) -> tuple[tuple[int, int],
     return tuple(zip(batch, n, strict=True)) or BATCHES + SINGLES
 
 
-_ONLY_INGD = ("damping", "minibatch", "route", "momentum", "adaptive", "acceleration",
-              "trust_region", "check_every")  # fmt: skip
+_ONLY_INGD = ("damping", "minibatch", "route", "inverse", "margin", "momentum", "adaptive",
+              "acceleration", "trust_region", "check_every")  # fmt: skip
 _LR = {"ingd": _DEFAULT.lr, "gd": 0.3, "sgd": 0.1, "adam": 0.01, "lbfgs": 1.0}
 _LEAST_SQUARES = {"batch_size": 400, "epochs": 40, "schedule": "constant", "log_every": 1}
 _LEAST_SQUARES_INGD = {"lr": 1.0, "damping": 0.1, "route": "output", "adaptive": True,

@@ -57,7 +57,21 @@ class CyclicLQR:
             value = getattr(self, field.name)
             if isinstance(value, Sequence):
                 object.__setattr__(self, field.name, tuple(value))
+        self._check_controls()
         check_phases(self.A, self.B, self.Q, self.R, M=self.M, a=self.a, b=self.b)
+
+    def _check_controls(self) -> None:
+        if self.controls is None:
+            return
+        phase_count(B=self.B, controls=self.controls)
+        every = torch.cat(list(self.controls)).sort().values
+        if [len(index) for index in self.controls] != [B.shape[-1] for B in self.B] or not (
+            torch.equal(every, torch.arange(len(every), device=every.device))
+        ):
+            raise ValueError(
+                f"controls must hold the numbers 0 to {sum(self.m) - 1} once, m = {self.m} in the "
+                f"phases, got {[index.tolist() for index in self.controls]}."
+            )
 
     @property
     def p(self) -> int:

@@ -78,3 +78,37 @@ def plot_runs(
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def plot_seeds(
+    panels: dict[str, dict[str, list[list[dict[str, Any]]]]], path: str | Path, title: str
+) -> None:
+    """Draw test accuracy by iteration, a panel for each group: mean and range of the seeds.
+
+    Args:
+        panels: Metrics of the runs, by panel, by curve, by seed.
+        path: The PNG.
+        title: Over all panels.
+    """
+    figure = Figure(figsize=(5 * len(panels), 4.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for number, (axis, (name, curves)) in enumerate(zip(axes, panels.items(), strict=True)):
+        for curve, seeds in curves.items():
+            by_step: dict[int, list[float]] = {}
+            for line in (line for lines in seeds for line in lines if line["kind"] == "step"):
+                by_step.setdefault(line["step"], []).append(line["accuracy"])
+            steps = sorted(by_step)
+            values = [by_step[step] for step in steps]
+            style = "--" if curve.startswith("fixed") else "-"
+            means = [sum(v) / len(v) for v in values]
+            (drawn,) = axis.plot(steps, means, style, label=None if number else curve)
+            axis.fill_between(
+                steps, [min(v) for v in values], [max(v) for v in values],
+                color=drawn.get_color(), alpha=0.12, linewidth=0,
+            )  # fmt: skip
+        axis.set(xlabel="iteration", title=name)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="test accuracy")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

@@ -272,14 +272,15 @@ class _Model:
         shape, last = StateShape.of(tap.fz), tap.shapes[-1]
         if last != shape:
             raise ValueError(
-                f"{name}.phases must end in the shape of f(z, x), {shape.shapes}; got "
+                f"the phases of {name} must end in the shape of f(z, x), {shape.shapes}; got "
                 f"{last.shapes}."
             )
         fz, by_phases = shape.flatten(tap.fz).detach(), shape.flatten(tap.results[-1]).detach()
         gap, size = float((fz - by_phases).abs().max()), float(fz.abs().max())
         if not gap <= 1e3 * torch.finfo(fz.dtype).eps * max(1.0, size):
             raise ValueError(
-                f"{name}.phases must, one after the other, give f(z, x); they differ by {gap:.1e}."
+                f"the phases of {name}, one after the other, must give f(z, x); they differ by "
+                f"{gap:.1e}."
             )
 
     def _uses(self, value: Tensor) -> list[int]:
@@ -333,6 +334,7 @@ class _Model:
 
         jacobians = jacrev(with_value, argnums=(0, 1), has_aux=True)
         (B, A), value = sample_by_sample(lambda s, x: jacobians(u, s, x), states, self.x)
+        A, B, value = A.detach(), B.detach(), value.detach()  # parameters that are not in u
         ends = list(itertools.accumulate(part.sizes, initial=0))
         columns = {i: slice(*ends[j : j + 2]) for j, i in enumerate(used)}
         return _Layer(value, A, B, columns)

@@ -44,7 +44,8 @@ def phases_of(block: nn.Module, z: Any, inputs: Sequence[Any], shared: dict[str,
     Raises:
         ValueError: If the block has no phases.
     """
-    if isinstance(block, Phased):
+    if callable(getattr(type(block), "phases", None)):
+        assert isinstance(block, Phased)  # noqa: S101
         return block
     if isinstance(block, nn.Sequential) and len(block) > 0:
         return LayerPhases(block, z, inputs, shared)
@@ -116,16 +117,26 @@ class LayerPhases:
         catch = _Catch()
         with _layers_replaced(self._block, catch):
             try:
-                self._block(z, *inputs, **shared)
+                self._run(z, inputs, shared)
             except _Caught:
                 return catch.value
         raise ValueError(f"{type(self._block).__name__}.forward does not run its layers.")
+
+    def _run(self, z: Any, inputs: Sequence[Any], shared: dict[str, Any]) -> Any:
+        try:
+            return self._block(z, *inputs, **shared)
+        except (AttributeError, IndexError, KeyError) as error:
+            raise ValueError(
+                f"{type(self._block).__name__}.forward does not run its layers one after the other "
+                f"({error}); give it a method phases(*inputs) that returns functions "
+                "state -> state."
+            ) from error
 
     def _after(self, z: Any, value: Any, inputs: Sequence[Any], shared: dict[str, Any]) -> Any:
         """Return what the block makes of its last layer's output."""
         give = _Give(value)
         with _layers_replaced(self._block, give):
-            result = self._block(z, *inputs, **shared)
+            result = self._run(z, inputs, shared)
         if give.calls != 1:
             raise ValueError(
                 f"{type(self._block).__name__}.forward runs its layers {give.calls} times; give it "

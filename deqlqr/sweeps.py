@@ -30,6 +30,7 @@ from deqlqr.input_map import InputMap
 from deqlqr.spectral import spectral_radius
 
 _SETTLED = 1e-3  # relative change of a damping that is taken for none
+_NEAR = 1e-2  # relative change of P in a sweep from which the damping may settle
 _POWER_STEPS = 8  # of a look; the vector is kept from one look to the next
 
 
@@ -158,7 +159,8 @@ class NeumannInverse(Options):
 class LayerDamping(Options):
     """delta_k by the layer's own curvature (V4), rho_k by power iteration.
 
-    That comes from below; at the end rho_k is bounded from above by repeated squaring and the
+    For a block with rho(A) < 1; without, P and with it delta may grow without limit. The power
+    iteration comes from below; at the end rho_k is bounded from above by repeated squaring and the
     damping raised if need be, so that the margin is kept and not only aimed at.
 
     Attributes:
@@ -177,19 +179,20 @@ class LayerDamping(Options):
         count("refresh_every", self.refresh_every)
 
 
+INVERSES = ("exact", "neumann")
 InverseLike = Literal["exact", "neumann"] | Inverse
 
 
-def make_inverse(inverse: InverseLike) -> Inverse:
+def make_inverse(inverse: str | Inverse) -> Inverse:
     """Return the inverse that a name or an object stands for.
 
     Raises:
         ValueError: If it is neither.
     """
     if isinstance(inverse, str):
-        choice("inverse", inverse, ("exact", "neumann"))
+        choice("inverse", inverse, INVERSES)
         return ExactInverse() if inverse == "exact" else NeumannInverse()
-    if not hasattr(inverse, "closed_loop"):
+    if isinstance(inverse, type) or not hasattr(inverse, "closed_loop"):
         raise ValueError(
             f"inverse must be 'exact', 'neumann' or NeumannInverse(), got {inverse!r}."
         )
@@ -384,11 +387,13 @@ def sweep_cycle(
         look = adapt is not None and (sweeps - 1) % adapt.refresh_every == 0
         look = look and not bool(settled.all())
         Ps, loops, new = back.sweep(P, looked_at if look else held)
-        if look:
-            moved = [(e - d).abs() > _SETTLED * d for d, e in zip(deltas, new, strict=True)]
-            deltas, settled = new, settled | ~torch.stack(moved).any(0)
         change, size = norm(Ps[0] - P), norm(Ps[0])
         P = Ps[0]
+        if look:
+            moved = [(e - d).abs() > _SETTLED * d for d, e in zip(deltas, new, strict=True)]
+            # In the first sweeps P, and all curvature with it, may not have reached all layers.
+            near = change <= _NEAR * size
+            deltas, settled = new, settled | (near & ~torch.stack(moved).any(0))
         done = settled & (change <= tol * size)
         if adapt is not None and done.any():
             raised, short = back.widened(_next(Ps), deltas, least, margin)

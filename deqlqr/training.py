@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from math import cos, pi
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ from deqlqr.loss import make_loss
 from deqlqr.metrics import MetricsFile, read_metrics
 from deqlqr.models import MODELS, check_seed, make_model
 from deqlqr.optim import ImplicitNGD
-from deqlqr.routes import ROUTES, Dare
+from deqlqr.routes import ROUTES, Cyclic, Dare, Route, make_route
 from deqlqr.solution import ConvergenceError
+from deqlqr.sweeps import INVERSES, LayerDamping, make_inverse
 
 OPTIMIZERS = ("ingd", "gd", "sgd", "adam", "lbfgs")
 SCHEDULES = ("cosine", "constant")
@@ -47,9 +48,11 @@ class TrainConfig:
         optimizer: `"ingd"` (implicit natural gradient), `"gd"` (plain gradient descent), `"sgd"`
             (momentum 0.9), `"adam"` or `"lbfgs"` (20 iterations a step, strong Wolfe line search).
         lr: Step length.
-        damping: delta of R_bar = R + delta I; used by `"ingd"` like the next seven.
-        minibatch: `"exact"` or `"per-sample"`, of the route `"dare"`.
+        damping: delta of R_bar = R + delta I; used by `"ingd"` like the next nine.
+        minibatch: `"exact"` or `"per-sample"`, of the routes `"dare"` and `"cyclic"`.
         route: How the step is computed, one of `ROUTES`.
+        inverse: Of the route `"cyclic"`: `"exact"` or `"neumann"`.
+        margin: Of the same: damping by layer with this margin (`LayerDamping`); `None` for none.
         momentum: See `ImplicitNGD`, like the next four.
         adaptive: See there. A step may not raise the loss then.
         acceleration: See there.
@@ -73,6 +76,8 @@ class TrainConfig:
     damping: float = 0.5
     minibatch: str = "exact"
     route: str = "dare"
+    inverse: str = "exact"
+    margin: float | None = None
     momentum: float = 0.0
     adaptive: bool = False
     acceleration: bool = False
@@ -99,12 +104,19 @@ class TrainConfig:
             ("optimizer", OPTIMIZERS),
             ("minibatch", get_args(Minibatch)),
             ("route", ROUTES),
+            ("inverse", INVERSES),
             ("schedule", SCHEDULES),
         ):
             choice(name, getattr(self, name), allowed)
         for name in ("lr", "damping"):
             at_least(name, getattr(self, name), 0.0, strict=True)
         at_least("momentum", self.momentum, 0.0)
+        if self.margin is not None:
+            at_least("margin", self.margin, 1.0, strict=True)
+        if self.route != "cyclic" and (self.inverse != "exact" or self.margin is not None):
+            raise ValueError(
+                f"inverse and margin are options of route 'cyclic', not {self.route!r}."
+            )
         if self.trust_region is not None:
             at_least("trust_region", self.trust_region, 0.0, strict=True)
         for name in ("batch_size", "epochs", "log_every", "eval_size", "train_size", "max_steps",
@@ -162,6 +174,16 @@ class GradientStep:
         return loss
 
 
+def _route(config: TrainConfig) -> Route:
+    minibatch = cast(Minibatch, config.minibatch)
+    if config.route == "dare":
+        return Dare(minibatch)
+    if config.route == "cyclic":
+        adapt = None if config.margin is None else LayerDamping(config.margin)
+        return Cyclic(minibatch, make_inverse(config.inverse), adapt or "fixed")
+    return make_route(config.route)
+
+
 def make_optimizer(
     model: nn.Module, config: TrainConfig, loss: str
 ) -> tuple[_Stepper, torch.optim.Optimizer]:
@@ -172,7 +194,7 @@ def make_optimizer(
             loss=loss,
             lr=config.lr,
             damping=config.damping,
-            route=Dare(config.minibatch) if config.route == "dare" else config.route,  # type: ignore[arg-type]
+            route=_route(config),
             momentum=config.momentum,
             adaptive=config.adaptive,
             acceleration=config.acceleration,
