@@ -14,6 +14,8 @@ from torch import nn
 
 import deqlqr
 from deqlqr.bench import BATCHES, SINGLES, bench_dare, table
+from deqlqr.bench_cyclic import CYCLES, bench_cyclic
+from deqlqr.bench_cyclic import table as cyclic_table
 from deqlqr.bench_fixed_point import bench_fixed_point, problems
 from deqlqr.bench_fixed_point import table as fixed_point_table
 from deqlqr.bench_step import bench_step
@@ -259,6 +261,25 @@ def bench_dare_command(
     for name in devices:
         rows = bench_dare(sizes, _device("cpu" if name == "auto" else name).type)
         for line in (json.dumps(asdict(r)) for r in rows) if as_json else table(rows):
+            click.echo(line)
+
+
+@bench.command("cyclic", context_settings={"show_default": True})
+@click.option("--cycle", type=click.Choice(list(CYCLES)), multiple=True,
+              help="Repeat for several; all if not given.")  # fmt: skip
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
+              help="auto measures on the CPU, and on CUDA where there is one.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each row.")
+@_reported
+def bench_cyclic_command(cycle: tuple[str, ...], device: str, as_json: bool) -> None:
+    """Time solve_cyclic_dare beside SciPy's solve_discrete_are on the lifted problem.
+
+    float64, one CPU thread; n and m are the states and controls of the phases. About a minute.
+    """
+    devices = ["cpu", "cuda"] if device == "auto" and torch.cuda.is_available() else [device]
+    for name in devices:
+        rows = bench_cyclic(cycle or None, _device("cpu" if name == "auto" else name).type)
+        for line in (json.dumps(asdict(r)) for r in rows) if as_json else cyclic_table(rows):
             click.echo(line)
 
 

@@ -26,6 +26,7 @@ from deqlqr._linalg import batch_first, largest, norm, sym, zeros_if_none
 from deqlqr.cycle import Cycle, Found
 from deqlqr.dare import Gain
 from deqlqr.input_cost import InputCost
+from deqlqr.scan import in_groups
 from deqlqr.search import (
     Doubling,
     by_doubling,
@@ -221,16 +222,24 @@ class _Riccati(torch.autograd.Function):
         unasked = [(X == 0).all(-1).all(-1) for X in (*P_bar, *K_bar)]
         idle = torch.stack(unasked).all(0)[..., None, None]
         P, K = ([X.masked_fill(failed, 0.0) for X in Xs] for Xs in (P, K))
-        W, A_cl, right = [], [], list(P_bar)
-        for k, ahead in enumerate(_next(range(p))):
-            A_cl.append((A[k] - B[k] @ K[k]).masked_fill(failed, 0.0))
-            W.append(torch.zeros_like(K[k]))
-            if cotangents[p + k] is not None:
-                S = sym(R[k]) + B[k].mT @ P[ahead] @ B[k]
-                W[k] = torch.linalg.solve(S, K_bar[k]).masked_fill(failed, 0.0)
-                right[ahead] = right[ahead] + B[k] @ W[k] @ A_cl[k].mT
-        Y = cotangent_of(A_cl, [sym(X) for X in right], _STEIN_STEPS)  # (R10)
-        grads = [_gradients(*phase) for phase in zip(B, _next(P), K, A_cl, W, Y, strict=True)]
+        asked = any(X is not None for X in cotangents[p : 2 * p])
+
+        def driven(
+            A: Tensor, B: Tensor, R: Tensor, P_next: Tensor, K: Tensor, K_bar: Tensor
+        ) -> tuple[Tensor, ...]:
+            A_cl = (A - B @ K).masked_fill(failed, 0.0)
+            if not asked:
+                return A_cl, torch.zeros_like(K), torch.zeros_like(P_next)
+            W = torch.linalg.solve(sym(R) + B.mT @ P_next @ B, K_bar).masked_fill(failed, 0.0)
+            return A_cl, W, B @ W @ A_cl.mT
+
+        P_next = _next(P)
+        parts = in_groups(driven, list(zip(A, B, R, P_next, K, K_bar, strict=True)))
+        A_cl, W, drive = (list(column) for column in zip(*parts, strict=True))
+        before = [drive[k - 1] for k in range(p)]
+        right = [sym(X + extra) for X, extra in zip(P_bar, before, strict=True)]
+        Y = cotangent_of(A_cl, right, _STEIN_STEPS)  # (R10)
+        grads = in_groups(_gradients, list(zip(B, P_next, K, A_cl, W, Y, strict=True)))
         unknown = torch.where(failed & ~idle, float("nan"), 0.0).to(P[0].dtype)
         flat = [X for kind in zip(*grads, strict=True) for X in kind]
         wanted = zip(flat, ctx.needs_input_grad[2:], strict=False)

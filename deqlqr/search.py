@@ -5,6 +5,7 @@ stabilising solution that doubling finds; then Newton steps (R8), where rounding
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -196,7 +197,7 @@ def by_scipy(cycle: Cycle, rtol: float) -> Found:
     return judge(cycle, [sym(X).to(like) for X in P], torch.zeros_like(broken), broken, rtol)
 
 
-def lifted(phases: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def lifted(phases: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Return A, B, Q, R, M of the lift; A, B, Q, R, M of each phase are single matrices."""
     A, B, Q, R, M = map(list, zip(*phases, strict=True))
     # Block k of the states moves to block k + 1: the last block row of diag(A) comes first.

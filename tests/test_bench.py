@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from deqlqr import bench, bench_fixed_point, bench_step
+from deqlqr import bench, bench_cyclic, bench_fixed_point, bench_step
 from deqlqr.cli import main
 
 
@@ -39,6 +39,18 @@ def test_the_command_prints_a_table_or_json():
 def test_sizes_that_do_not_pair_are_refused():
     result = CliRunner().invoke(main, ["bench", "dare", "--batch", "2"])
     assert result.exit_code == 2 and "n must be given once for each batch" in result.stderr
+
+
+def test_cycles_are_timed_beside_the_lift():
+    name = "p 5, n 10 to 2"
+    (row,) = bench_cyclic.bench_cyclic([name])
+    assert (row.phases, row.states) == (5, 30)
+    assert min(row.forward, row.backward, row.sweeps, row.lift) > 0
+    assert max(row.residual, row.lift_residual, row.difference) < 1e-9
+    result = CliRunner().invoke(main, ["bench", "cyclic", "--cycle", name, "--device", "cpu"])
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 3
+    result = CliRunner().invoke(main, ["bench", "cyclic", "--cycle", name, "--json"])
+    assert json.loads(result.stdout.splitlines()[0])["name"] == name
 
 
 def test_fixed_points_are_counted_beside_plain_iteration_and_torchdeq():
