@@ -1,6 +1,6 @@
 """Newton's method on the DARE (Kleinman): one Stein equation of the closed loop a step.
 
-    (R8)  E = A'P+ A_cl + Q - M'K - P,   dP = A_cl' dP+ A_cl + E,   P <- P + dP
+    (R8)  E = right side of (R1) less left side,   dP = A_cl' dP+ A_cl + E,   P <- P + dP
 
 P + dP is the solution of the Stein equation that Kleinman's step solves for P itself; solving for
 the small dP keeps the digits that P has already. E may be formed in a higher precision than dP:

@@ -22,7 +22,7 @@ def test_every_row_holds_and_the_model_is_left_alone(kind):
     before = Controls(model).vector
     report = check_equivalence(model, x, y)
     assert report.passed and report.complete, str(report)
-    assert len(report.rows) == 12
+    assert len(report.rows) == 13
     gradient = [row for row in report.rows if row.quantity == "gradient"]
     assert len(gradient) == 3 and all(row.error < 1e-9 for row in gradient)
     assert all(row.error < 1e-7 for row in report.rows)
