@@ -23,6 +23,7 @@ from deqlqr.equivalence import EquivalenceReport, EquivalenceRow, check_equivale
 from deqlqr.fallback import Fallback
 from deqlqr.fixed_point import fixed_point
 from deqlqr.input_cost import InputCost
+from deqlqr.layer_inverse import NeumannInverse, Phase
 from deqlqr.linearize import linearize
 from deqlqr.lqr import LQR
 from deqlqr.monitor import Monitor, Observation, jacobian_penalty, jacobian_radius
@@ -49,7 +50,7 @@ from deqlqr.stein import (
     solve_cyclic_stein,
     solve_stein,
 )
-from deqlqr.sweeps import LayerDamping, NeumannInverse
+from deqlqr.sweeps import LayerDamping, Swept, sweep_chain, sweep_cycle
 from deqlqr.torchdeq_solver import TorchDEQ
 
 __version__ = "0.1.0"
@@ -111,6 +112,10 @@ __all__ = [
     "SteadyState",
     "cyclic_steady_state",
     "CyclicSteadyState",
+    "sweep_cycle",
+    "sweep_chain",
+    "Phase",
+    "Swept",
     # update
     "ImplicitNGD",
     "Route",

@@ -23,13 +23,13 @@ from deqlqr.bench_step import table as step_table
 from deqlqr.bench_train import MNIST_RACES, mnist_race, only, regression_race
 from deqlqr.data import DATASETS, load_data
 from deqlqr.equivalence import check_equivalence
+from deqlqr.layer_inverse import INVERSES
 from deqlqr.models import MODELS, SMALL_MODELS, make_model
 from deqlqr.race import race
 from deqlqr.race import table as race_table
 from deqlqr.reproduce import FIGURES, reproduce
 from deqlqr.routes import ROUTES
 from deqlqr.solution import ConvergenceError
-from deqlqr.sweeps import INVERSES
 from deqlqr.training import OPTIMIZERS, SCHEDULES, TrainConfig, Trainer, resume_config
 
 _DEFAULT = TrainConfig()

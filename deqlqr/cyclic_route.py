@@ -19,12 +19,13 @@ from deqlqr.cyclic_riccati import factored_cyclic_dare
 from deqlqr.cyclic_steady_state import around_cycle, cyclic_steady_state
 from deqlqr.direction import Direction, expanded
 from deqlqr.divergence import Divergence
+from deqlqr.layer_inverse import Inverse, NeumannInverse, Phase
 from deqlqr.linearize_phases import PhaseLinearization, linearize_phases
 from deqlqr.linearize_samples import Minibatch
 from deqlqr.search import Doubling
 from deqlqr.solution import ConvergenceError, DareResult, describe_failures
 from deqlqr.solver import FixedPointSolution
-from deqlqr.sweeps import Inverse, LayerDamping, NeumannInverse, Phase, Swept, sweep_cycle
+from deqlqr.sweeps import LayerDamping, Swept, sweep_cycle
 
 # What the step needs of P is judged by the steady state, in whatever type it is computed.
 _AS_IT_IS = Doubling(refine=0)

@@ -97,6 +97,11 @@ class DEQ(nn.Module):
             raise TypeError(unknown_option("DEQ", name, known))
         if not isinstance(block, nn.Module):
             raise ValueError(f"block must be an nn.Module f(z, x), got {type(block).__name__}.")
+        if type(block).forward is nn.Sequential.forward:
+            raise ValueError(
+                "block must take z and x, and a plain nn.Sequential takes one: subclass it with "
+                "def forward(self, z, x): return super().forward(z + x)"
+            )
         self.block = block
         self.solver = make_solver(solver, tol, max_steps)
         self.backward = backward

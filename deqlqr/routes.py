@@ -15,10 +15,11 @@ from deqlqr.direction import Local, Steepest
 from deqlqr.divergence import Divergence, Euclidean, Newton, OutputDivergence
 from deqlqr.kronecker import Factors, KroneckerMetric
 from deqlqr.krylov import ConjugateGradients, KrylovSystem
+from deqlqr.layer_inverse import ExactInverse, InverseLike, make_inverse
 from deqlqr.linearize_samples import Minibatch
 from deqlqr.output_space import linearize_outputs
 from deqlqr.riccati_route import linearize_riccati
-from deqlqr.sweeps import ExactInverse, InverseLike, LayerDamping, make_inverse
+from deqlqr.sweeps import LayerDamping
 
 
 @dataclass

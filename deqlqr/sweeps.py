@@ -1,158 +1,32 @@
-"""Backward sweeps over phases with a choice of inverse and of damping, layer by layer.
+"""Sweeps over phases with a choice of inverse and of damping, layer by layer.
 
-    (V1)  K = (delta I + R + B'P+B)^-1 (M + B'P+A),   A_cl = A - B K,
-          P = Q + A'P+A - (M + B'P+A)' K
-    (V2)  without R and M:  A_cl = (I + B B'P+/delta)^-1 A,   P = Q + A'P+ A_cl
-    (V3)  (delta I + C)^-1 = 1/delta sum_{j < terms} (-C/delta)^j,   C = R + B'P+B,
-          with a relative error of at most (rho/delta)^terms, rho = rho(C) < delta
-    (V4)  delta_k = max(least, margin rho_k)
+    (V4)  delta_k = max(least, margin rho_k),   rho_k = rho(R_k + B_k'P_{k+1}B_k)
 
-In (V2) the series of (V3) becomes that of B B'P+/delta, term by term, on n+ x n rather than m x n.
-B enters by products only. Sweeps around a cycle are value iteration: P_k grows from 0 to the
-stabilising solution, and with it delta_k of (V4). Over an open chain one sweep is the finite
-horizon's recursion.
+Sweeps around a cycle are value iteration: P_k grows from 0 to the stabilising solution, and with it
+delta_k. Over an open chain one sweep is the finite horizon's recursion. See `backward` (V1) and
+`layer_inverse` (V2), (V3).
 
-Source: thesis section 5.1, with 1/delta as a factor in eq. 5.1.4.
+Source: thesis section 5.1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from deqlqr._checks import Options, at_least, choice, count
-from deqlqr._linalg import identity_like, norm, sym
+from deqlqr._checks import Options, at_least, count
+from deqlqr._linalg import norm, sym
+from deqlqr.backward import Backward
+from deqlqr.cyclic_lqr import CyclicLQR
 from deqlqr.cyclic_steady_state import worst_residual
-from deqlqr.input_cost import InputCost
-from deqlqr.input_map import InputMap
+from deqlqr.layer_inverse import InverseLike, Phase, System, make_inverse
 from deqlqr.spectral import spectral_radius
 
 _SETTLED = 1e-3  # relative change of a damping that is taken for none
 _NEAR = 1e-2  # relative change of P in a sweep from which the damping may settle
-_POWER_STEPS = 8  # of a look; the vector is kept from one look to the next
 
-
-@dataclass(frozen=True)
-class Phase:
-    """One phase of a chain or a cycle; its R holds no damping.
-
-    Attributes:
-        A: `(*batch, n+, n)`.
-        B: `(*batch, n+, m)`, by its products.
-        Q: `(*batch, n, n)`.
-        R: `(*batch, m, m)`.
-        M: `(*batch, m, n)`.
-        a: `(*batch, n)`.
-        b: `(*batch, m)`.
-    """
-
-    A: Tensor
-    B: InputMap
-    Q: Tensor
-    R: InputCost
-    M: Tensor
-    a: Tensor
-    b: Tensor
-
-
-class Inverse(Protocol):
-    """How (delta I + C)^-1 is applied."""
-
-    def closed_loop(self, A: Tensor, BBP: Tensor, delta: Tensor) -> Tensor:
-        """Return A_cl of (V2) for BBP = B B'P+."""
-
-    def solve(self, system: "System", right: Tensor) -> Tensor:
-        """Return (delta I + R + B'P+B)^-1 right."""
-
-    def truncation(self, rho: Tensor, delta: Tensor) -> Tensor:
-        """Return a bound on the relative error of `solve`, `(*batch,)`, for rho of (V3)."""
-
-
-@dataclass(frozen=True)
-class System:
-    """delta I + C of a phase, C = R + B'P+B.
-
-    Attributes:
-        phase: The phase.
-        P: P+.
-        delta: Damping, `(*batch,)`.
-        BBP: B B'P+ where R and M are 0, else `None`.
-    """
-
-    phase: Phase
-    P: Tensor
-    delta: Tensor
-    BBP: Tensor | None
-
-    def curved(self, v: Tensor) -> Tensor:
-        """Return C v."""
-        Cv = self.phase.B.adjoint(self.P @ self.phase.B.times(v))
-        return Cv if self.BBP is not None else Cv + self.phase.R @ v
-
-
-@dataclass(frozen=True)
-class ExactInverse:
-    """The inverse itself, by factorisation: of an m x m matrix where R or M is not 0."""
-
-    def closed_loop(self, A: Tensor, BBP: Tensor, delta: Tensor) -> Tensor:
-        """Return A_cl of (V2)."""
-        return torch.linalg.solve_ex(identity_like(BBP) + BBP / delta[..., None, None], A)[0]
-
-    def solve(self, system: System, right: Tensor) -> Tensor:
-        """Return (delta I + R + B'P+B)^-1 right."""
-        wide, B = system.delta[..., None, None], system.phase.B
-        if system.BBP is not None:  # by the n+ x n+ matrix of (V2)
-            loop = wide * identity_like(system.BBP) + system.BBP
-            inner = torch.linalg.solve_ex(loop, B.times(right))[0]
-            return (right - B.adjoint(system.P @ inner)) / wide
-        m = right.shape[-2]
-        eye = torch.eye(m, dtype=right.dtype, device=right.device)
-        eye = eye.expand(*right.shape[:-2], m, m)
-        return torch.linalg.solve_ex(wide * eye + sym(system.curved(eye)), right)[0]
-
-    def truncation(self, rho: Tensor, delta: Tensor) -> Tensor:
-        """Return 0."""
-        return torch.zeros_like(rho)
-
-
-@dataclass(frozen=True)
-class NeumannInverse(Options):
-    """The truncated series (V3): products only.
-
-    Attributes:
-        terms: Number of terms.
-
-    Raises:
-        ValueError: If it is below 1.
-    """
-
-    terms: int = 20
-
-    def __post_init__(self) -> None:
-        count("terms", self.terms)
-
-    def closed_loop(self, A: Tensor, BBP: Tensor, delta: Tensor) -> Tensor:
-        """Return A_cl of (V2)."""
-        step, total, term = -BBP / delta[..., None, None], A, A
-        for _ in range(self.terms):
-            term = step @ term
-            total = total + term
-        return total
-
-    def solve(self, system: System, right: Tensor) -> Tensor:
-        """Return (delta I + R + B'P+B)^-1 right."""
-        wide = system.delta[..., None, None]
-        total = term = right / wide
-        for _ in range(self.terms - 1):
-            term = -system.curved(term) / wide
-            total = total + term
-        return total
-
-    def truncation(self, rho: Tensor, delta: Tensor) -> Tensor:
-        """Return the bound (V3)."""
-        return (rho / delta) ** self.terms
+Damping = float | Tensor | Sequence[float | Tensor]
 
 
 @dataclass(frozen=True)
@@ -177,26 +51,6 @@ class LayerDamping(Options):
     def __post_init__(self) -> None:
         at_least("margin", self.margin, 1.0, strict=True)
         count("refresh_every", self.refresh_every)
-
-
-INVERSES = ("exact", "neumann")
-InverseLike = Literal["exact", "neumann"] | Inverse
-
-
-def make_inverse(inverse: str | Inverse) -> Inverse:
-    """Return the inverse that a name or an object stands for.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    if isinstance(inverse, str):
-        choice("inverse", inverse, INVERSES)
-        return ExactInverse() if inverse == "exact" else NeumannInverse()
-    if isinstance(inverse, type) or not hasattr(inverse, "closed_loop"):
-        raise ValueError(
-            f"inverse must be 'exact', 'neumann' or NeumannInverse(), got {inverse!r}."
-        )
-    return inverse
 
 
 @dataclass(frozen=True)
@@ -231,120 +85,9 @@ class Swept:
     converged: Tensor
 
 
-class _Backward:
-    """One sweep against the sense of the phases, from P at the end to P at the start."""
-
-    def __init__(self, phases: Sequence[Phase], inverse: Inverse) -> None:
-        self.phases, self.inverse = phases, inverse
-        self._grams = [phase.B.gram() for phase in phases]
-        self._R_radius = [phase.R.radius() for phase in phases]
-        generator = torch.Generator().manual_seed(0)
-        self._vectors = [
-            torch.randn(*gram.shape[:-1], 1, generator=generator).to(gram) for gram in self._grams
-        ]
-        self._plain = [
-            not any(bool((X != 0).any()) for X in (phase.R.diagonal, phase.R.block, phase.M))
-            for phase in phases
-        ]
-
-    def sweep(
-        self, P_end: Tensor, damping: Callable[[int, Tensor], Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return P and the closed loop of every phase, and the damping.
-
-        Args:
-            P_end: P at the end.
-            damping: `(k, P+)` -> delta_k.
-        """
-        P, found = P_end, []
-        for k in reversed(range(len(self.phases))):
-            delta = damping(k, P)
-            P, A_cl = self._step(self.system(k, P, delta))
-            found.append((P, A_cl, delta))
-        Ps, loops, deltas = (list(column) for column in zip(*reversed(found), strict=True))
-        return Ps, loops, deltas
-
-    def widened(
-        self, P_next: list[Tensor], deltas: list[Tensor], least: list[Tensor], margin: float
-    ) -> tuple[list[Tensor], Tensor]:
-        """Return the damping, raised where it keeps the margin no longer, and where it was."""
-        asked = [
-            torch.maximum(lowest, margin * self.radius(k, P))
-            for k, (P, lowest) in enumerate(zip(P_next, least, strict=True))
-        ]
-        short = [d < e for d, e in zip(deltas, asked, strict=True)]
-        raised = [
-            torch.where(low, (1 + _SETTLED) * e, d)
-            for low, d, e in zip(short, deltas, asked, strict=True)
-        ]
-        return raised, torch.stack(short).any(0)
-
-    def diverges(self, P_next: list[Tensor], deltas: list[Tensor]) -> Tensor:
-        """Return where a series diverges, as it will for the larger P of later sweeps too."""
-        bounds = [
-            self.inverse.truncation(self.radius(k, P), delta)
-            for k, (P, delta) in enumerate(zip(P_next, deltas, strict=True))
-        ]
-        return (torch.stack(bounds) >= 1).any(0)
-
-    def system(self, k: int, P_next: Tensor, delta: Tensor) -> System:
-        """Return what phase k inverts."""
-        BBP = self._grams[k] @ P_next if self._plain[k] else None
-        return System(self.phases[k], P_next, delta, BBP)
-
-    def estimate(self, k: int, P_next: Tensor) -> Tensor:
-        """Return the spectral radius of R + B'P+B by power iteration, from below.
-
-        The Rayleigh quotient of P+^(1/2) B B' P+^(1/2); the vector is kept for the next sweep.
-        """
-        v, gram, tiny = self._vectors[k], self._grams[k], torch.finfo(P_next.dtype).tiny
-        rho = torch.zeros_like(v[..., 0, 0])
-        for _ in range(_POWER_STEPS):
-            Pv = P_next @ v
-            w = gram @ Pv
-            rho = (w.mT @ Pv)[..., 0, 0] / (v.mT @ Pv)[..., 0, 0].clamp(min=tiny)
-            v = w / norm(w).clamp(min=tiny)[..., None, None]
-        dead = (norm(v) == 0)[..., None, None]  # P+ = 0, in the first sweep
-        self._vectors[k] = torch.where(dead, self._vectors[k], v)
-        return rho + self._R_radius[k]
-
-    def radius(self, k: int, P_next: Tensor) -> Tensor:
-        """Return a bound on the spectral radius of R + B'P+B, from above."""
-        rho = spectral_radius(self._grams[k] @ P_next) + self._R_radius[k]
-        return torch.nan_to_num(rho, nan=float("inf"))
-
-    def _step(self, system: System) -> tuple[Tensor, Tensor]:
-        """Return P and the closed loop."""
-        phase = system.phase
-        if system.BBP is not None:
-            A_cl = self.inverse.closed_loop(phase.A, system.BBP, system.delta)
-            return sym(phase.Q + phase.A.mT @ (system.P @ A_cl)), A_cl  # (V2)
-        PA = system.P @ phase.A
-        X = phase.M + phase.B.adjoint(PA)
-        K = self.inverse.solve(system, X)
-        P = sym(phase.Q + phase.A.mT @ PA - X.mT @ K)  # (V1)
-        return P, phase.A - phase.B.times(K)
-
-    def linear(self, system: System) -> Tensor:
-        """Return a - K'b, `(*batch, n, 1)`."""
-        phase = system.phase
-        a, b = phase.a[..., None], phase.b[..., None]
-        if not bool((b != 0).any()):
-            return a
-        y = self.inverse.solve(system, b)
-        return a - phase.M.mT @ y - phase.A.mT @ (system.P @ phase.B.times(y))
-
-    def control(self, system: System, lam_next: Tensor, x: Tensor) -> Tensor:
-        """Return u of (C4), `(*batch, m, 1)`, for x `(*batch, n, 1)`."""
-        phase = system.phase
-        costate = system.P @ (phase.A @ x) + lam_next
-        right = phase.M @ x + phase.B.adjoint(costate) + phase.b[..., None]
-        return -self.inverse.solve(system, right)
-
-
 def sweep_cycle(
-    phases: Sequence[Phase],
-    damping: Sequence[Tensor],
+    problem: CyclicLQR | Sequence[Phase],
+    damping: Damping,
     *,
     inverse: InverseLike = "exact",
     adapt: LayerDamping | None = None,
@@ -355,8 +98,8 @@ def sweep_cycle(
     """Solve a cyclic LQR (infinite horizon) by value iteration, and return its steady state.
 
     Args:
-        phases: Its phases.
-        damping: delta_k `(*batch,)` of every phase; the least, with `adapt`.
+        problem: The cyclic LQR, without damping, or its phases.
+        damping: delta, or delta_k of every phase, numbers or `(*batch,)`; the least, with `adapt`.
         inverse: `"exact"`, `"neumann"` or a `NeumannInverse`.
         adapt: Damping by layer (V4); `None` keeps `damping`.
         P0: P of phase 0 of a nearby problem to start from; zero if `None`.
@@ -366,10 +109,27 @@ def sweep_cycle(
 
     Returns:
         A `Swept`; inspect `converged` and `truncation`.
+
+    Raises:
+        ValueError: If an option is out of range or there is not one damping for each phase.
+
+    Example:
+        >>> I, O, one = torch.eye(1), torch.zeros(1, 1), torch.ones(1)
+        >>> a, b = [one, 0 * one], [0 * one, 0 * one]
+        >>> lqr = CyclicLQR([I / 2, I], [I, I], [I, O], [O, O], [O, O], a, b)
+        >>> swept = sweep_cycle(lqr, 1e-3, inverse="neumann", adapt=LayerDamping(margin=2.0))
+        >>> [d.item() >= 2 * r.item() for d, r in zip(swept.delta, swept.rho)]
+        [True, True]
+        >>> swept.truncation.item() <= 2**-20
+        True
     """
+    phases = _as_phases(problem)
+    damping = _as_damping(damping, phases)
+    at_least("tol", tol, 0.0, strict=True)
+    count("max_sweeps", max_sweeps)
     like = phases[0].A
     tol = max(tol, 100 * torch.finfo(like.dtype).eps)
-    back = _Backward(phases, make_inverse(inverse))
+    back = Backward(phases, make_inverse(inverse))
     P = torch.zeros_like(phases[0].Q) if P0 is None else sym(P0)
     least, deltas = list(damping), list(damping)
     margin = 0.0 if adapt is None else adapt.margin
@@ -417,7 +177,7 @@ def sweep_cycle(
 
 def sweep_chain(
     phases: Sequence[Phase],
-    damping: Sequence[Tensor],
+    damping: Damping,
     P_end: Tensor,
     lam_end: Tensor,
     *,
@@ -429,7 +189,7 @@ def sweep_chain(
 
     Args:
         phases: Its stages, first to last.
-        damping: delta_k `(*batch,)` of every stage; the least, with `adapt`.
+        damping: delta, or delta_k of every stage, numbers or `(*batch,)`; the least, with `adapt`.
         P_end: Quadratic cost of the final state, `(*batch, n, n)`.
         lam_end: Its linear cost, `(*batch, n)`.
         x0: First state, `(*batch, n)`; zero if `None`.
@@ -438,8 +198,12 @@ def sweep_chain(
 
     Returns:
         A `Swept`, with no closed loop around a cycle.
+
+    Raises:
+        ValueError: If there is not one damping for each stage.
     """
-    back = _Backward(phases, make_inverse(inverse))
+    damping = _as_damping(damping, phases)
+    back = Backward(phases, make_inverse(inverse))
 
     def layer_damping(k: int, P_next: Tensor) -> Tensor:
         if adapt is None:
@@ -460,12 +224,31 @@ def sweep_chain(
     return _finished(back, systems, Ps, (lam[:-1], lam[1:]), (x[:-1], x[1:]), 1, done, None)
 
 
+def _as_phases(problem: CyclicLQR | Sequence[Phase]) -> Sequence[Phase]:
+    if not isinstance(problem, CyclicLQR):
+        return problem
+    rows = zip(
+        problem.A, problem.B, problem.Q, problem.R, problem.M, problem.a, problem.b, strict=True
+    )
+    return [Phase.of(*row) for row in rows]
+
+
+def _as_damping(damping: Damping, phases: Sequence[Phase]) -> list[Tensor]:
+    like = phases[0].A
+    each = damping if isinstance(damping, Sequence) else [damping] * len(phases)
+    if len(each) != len(phases):
+        raise ValueError(f"damping must have one number for each of {len(phases)} phases, got "
+                         f"{len(each)}.")  # fmt: skip
+    numbers = [torch.as_tensor(delta, dtype=like.dtype, device=like.device) for delta in each]
+    return [number.expand(like.shape[:-2]) for number in numbers]
+
+
 def _next(values: Sequence[Tensor]) -> list[Tensor]:
     """Return what belongs to the phase that follows each, around the cycle."""
     return [*values[1:], values[0]]
 
 
-def _costates(back: _Backward, systems: list[System], loops: list[Tensor]) -> list[Tensor]:
+def _costates(back: Backward, systems: list[System], loops: list[Tensor]) -> list[Tensor]:
     """Return lam_k of (C3) around the cycle."""
     p = len(loops)
     steps = [(A_cl.mT, back.linear(s)) for s, A_cl in zip(systems, loops, strict=True)]
@@ -474,7 +257,7 @@ def _costates(back: _Backward, systems: list[System], loops: list[Tensor]) -> li
 
 
 def _states(
-    back: _Backward, systems: list[System], loops: list[Tensor], lam: list[Tensor]
+    back: Backward, systems: list[System], loops: list[Tensor], lam: list[Tensor]
 ) -> list[Tensor]:
     """Return x_k of (C4) around the cycle."""
     steps = []
@@ -507,7 +290,7 @@ def _closed(steps: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 
 def _finished(
-    back: _Backward,
+    back: Backward,
     systems: list[System],
     P: list[Tensor],
     costates: tuple[list[Tensor], list[Tensor]],

@@ -23,6 +23,7 @@ from deqlqr.checkpoint import load_checkpoint, save_checkpoint
 from deqlqr.data import DATASETS, load_data
 from deqlqr.deq import find_deq
 from deqlqr.figures import plot_curves
+from deqlqr.layer_inverse import INVERSES, make_inverse
 from deqlqr.linearize_samples import Minibatch
 from deqlqr.loss import make_loss
 from deqlqr.metrics import MetricsFile, read_metrics
@@ -30,7 +31,7 @@ from deqlqr.models import MODELS, check_seed, make_model
 from deqlqr.optim import ImplicitNGD
 from deqlqr.routes import ROUTES, Cyclic, Dare, Route, make_route
 from deqlqr.solution import ConvergenceError
-from deqlqr.sweeps import INVERSES, LayerDamping, make_inverse
+from deqlqr.sweeps import LayerDamping
 
 OPTIMIZERS = ("ingd", "gd", "sgd", "adam", "lbfgs")
 SCHEDULES = ("cosine", "constant")

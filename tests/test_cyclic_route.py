@@ -24,7 +24,7 @@ from deqlqr import (
     linearize,
     static_step,
 )
-from deqlqr.sweeps import ExactInverse
+from deqlqr.layer_inverse import ExactInverse
 
 from .problems import Cell, conv_batch, conv_model, dense_batch, dense_model, exact, randn, relative
 from .test_linearize_phases import Skip, around, problem

@@ -12,16 +12,10 @@ from deqlqr import (
     cyclic_steady_state,
 )
 from deqlqr.input_map import StoredMap
+from deqlqr.layer_inverse import ExactInverse, Phase, System, make_inverse
 from deqlqr.linearize_phases import linearize_phases
 from deqlqr.loss import make_loss
-from deqlqr.sweeps import (
-    ExactInverse,
-    Phase,
-    System,
-    make_inverse,
-    sweep_chain,
-    sweep_cycle,
-)
+from deqlqr.sweeps import sweep_chain, sweep_cycle
 
 from .problems import make_lqr, randn, relative
 from .test_linearize_phases import COMPARED, kkt, problem, random_problem

@@ -1,0 +1,242 @@
+"""A model at its fixed point, taken apart into its block's layers and its readout.
+
+Each is a function of its own state and of the parameters it uses, linearised sample by sample; what
+comes before it is held.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from deqlqr._linalg import identity_like
+from deqlqr.controls import Controls
+from deqlqr.deq import DEQ, Tap, find_deq
+from deqlqr.input_cost import InputCost
+from deqlqr.linearize_samples import check_input, hessian_terms, require_mean, sample_by_sample
+from deqlqr.loss import Loss
+from deqlqr.phases import Phased, phases_of
+from deqlqr.state import StateShape
+
+LocalPhase = Callable[[Tensor, Tensor, Tensor], Tensor]  # (u, s, x) -> s+ of one sample
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer, or the readout, of every sample.
+
+    Attributes:
+        value: What it returns, `(batch, n+)`.
+        A: Its derivative in the state, `(batch, n+, n)`.
+        B: In the parameters it uses, `(batch, n+, m)`.
+        columns: Which columns of B belong to a parameter, by its number.
+    """
+
+    value: Tensor
+    A: Tensor
+    B: Tensor
+    columns: dict[int, slice]
+
+    def by(self, parameters: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """Return the derivative in some parameters, 0 for those that the layer does not use."""
+        batch, n = self.A.shape[:2]
+        parts = [self.A.new_zeros(batch, n, 0)]
+        for i in parameters:
+            if i in self.columns:
+                parts.append(self.B[..., self.columns[i]])
+            else:
+                parts.append(self.A.new_zeros(batch, n, sizes[i]))
+        return torch.cat(parts, dim=-1)
+
+
+class _Chain(Tap):
+    """Runs a block phase by phase; what goes into a phase is cut off from what came before."""
+
+    def evaluate(self, block: nn.Module, inputs: tuple[Any, ...], shared: dict[str, Any]) -> Any:
+        """Keep what goes into each phase and what comes out."""
+        self.chain = phases_of(block, self.z, inputs, shared)
+        self.shapes: list[StateShape] = []
+        self.states: list[Tensor] = []
+        self.results: list[Any] = []
+        value = self.z
+        for phase in self.chain.phases(*inputs, **shared):
+            shape = StateShape.of(value, f"state of phase {len(self.states)} of the block")
+            flat = shape.flatten(value).detach()
+            value = phase(shape.unflatten(flat))
+            self.shapes.append(shape)
+            self.states.append(flat)
+            self.results.append(value)
+        if not self.results:
+            raise ValueError(f"{type(block).__name__}.phases returned no phase.")
+        self.shapes.append(StateShape.of(value, "f(z, x) by the block's phases"))
+        return block(self.z, *inputs, **shared)
+
+
+class _One(Tap):
+    """Evaluates one phase of a block, at a state of its own."""
+
+    def __init__(self, z: Any, chain: Phased, k: int, state: Any) -> None:
+        super().__init__(z)
+        self._chain, self._k, self._state = chain, k, state
+
+    def evaluate(self, block: nn.Module, inputs: tuple[Any, ...], shared: dict[str, Any]) -> Any:
+        """Return what comes out of the phase."""
+        return self._chain.phases(*inputs, **shared)[self._k](self._state)
+
+
+class Layers:
+    """A model at its fixed point, and its layers.
+
+    Attributes:
+        outputs: `(batch, k)`.
+        solution: Fixed point of every sample.
+        used: Numbers of the parameters that the readout (first) and each layer use.
+        sizes: States of every layer.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.model, self.x = model, x
+        self.block_layer: DEQ = find_deq(model)
+        self.controls = Controls(model)
+        check_input(x, self.controls)
+        with torch.no_grad():
+            self.outputs = model(x)
+        if self.block_layer.solution is None:
+            raise ValueError("model did not call its DEQ layer.")
+        self.solution = self.block_layer.solution.raise_if_failed("fixed point of the block")
+        tap = _Chain(self.solution.value)
+        with torch.enable_grad(), self.block_layer.tapped(tap):
+            y = model(x)
+        self._chain, self._shapes, self._states = tap.chain, tap.shapes, tap.states
+        self._require_same(tap)
+        self.sizes = [shape.size for shape in tap.shapes[:-1]]
+        results = [
+            shape.flatten(value) for shape, value in zip(tap.shapes[1:], tap.results, strict=True)
+        ]
+        self.used = [self._uses(value) for value in (y, *results)]
+
+    def _require_same(self, tap: _Chain) -> None:
+        """Refuse phases that are not those of the block."""
+        name = type(self.block_layer.block).__name__
+        shape, last = StateShape.of(tap.fz), tap.shapes[-1]
+        if last != shape:
+            raise ValueError(
+                f"the phases of {name} must end in the shape of f(z, x), {shape.shapes}; got "
+                f"{last.shapes}."
+            )
+        fz, by_phases = shape.flatten(tap.fz).detach(), shape.flatten(tap.results[-1]).detach()
+        gap, size = float((fz - by_phases).abs().max()), float(fz.abs().max())
+        if not gap <= 1e3 * torch.finfo(fz.dtype).eps * max(1.0, size):
+            raise ValueError(
+                f"the phases of {name}, one after the other, must give f(z, x); they differ by "
+                f"{gap:.1e}."
+            )
+
+    def _uses(self, value: Tensor) -> list[int]:
+        if not value.requires_grad:
+            return []
+        grads = torch.autograd.grad(
+            value.sum(), self.controls.parameters, allow_unused=True, retain_graph=True
+        )
+        return [i for i, grad in enumerate(grads) if grad is not None]
+
+    def layer(self, k: int, stored: bool) -> Layer:
+        """Return layer k, from 1 on, linearised in its state, and if `stored` in its parameters."""
+        used = self.used[k] if stored else []
+        return self._linearized(self.local(k, used), self.states(k), used)
+
+    def states(self, k: int) -> Tensor:
+        """Return what enters layer k, `(batch, n)`."""
+        return self._states[k - 1]
+
+    def readout(self, parameters: Sequence[int]) -> Layer:
+        """Return the readout linearised in z and in some parameters."""
+        part, shape = self.controls.part(parameters), self._shapes[0]
+
+        def local(u: Tensor, z: Tensor, x: Tensor) -> Tensor:
+            with self.block_layer.tapped(Tap(shape.unflatten(z[None]))):
+                return functional_call(self.model, part.unflatten(u), (x[None],)).reshape(-1)
+
+        return self._linearized(local, self._states[0], parameters)
+
+    def local(self, k: int, parameters: Sequence[int]) -> LocalPhase:
+        """Return (u, s, x) -> s+ for one sample and layer k: s is (n,), s+ (n+,)."""
+        part = self.controls.part(parameters)
+        before, after, zshape = self._shapes[k - 1], self._shapes[k], self._shapes[0]
+        z = zshape.unflatten(self._states[0][:1])
+
+        def local(u: Tensor, s: Tensor, x: Tensor) -> Tensor:
+            tap = _One(z, self._chain, k - 1, before.unflatten(s[None]))
+            with self.block_layer.tapped(tap):
+                functional_call(self.model, part.unflatten(u), (x[None],))
+            return after.flatten(tap.fz)[0]
+
+        return local
+
+    def _linearized(self, local: LocalPhase, states: Tensor, used: Sequence[int]) -> Layer:
+        part = self.controls.part(used)
+        u = part.vector
+
+        def with_value(u: Tensor, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            value = local(u, s, x)
+            return value, value
+
+        jacobians = jacrev(with_value, argnums=(0, 1), has_aux=True)
+        (B, A), value = sample_by_sample(lambda s, x: jacobians(u, s, x), states, self.x)
+        A, B, value = A.detach(), B.detach(), value.detach()  # parameters that are not in u
+        ends = list(itertools.accumulate(part.sizes, initial=0))
+        columns = {i: slice(*ends[j : j + 2]) for j, i in enumerate(used)}
+        return Layer(value, A, B, columns)
+
+    def newton_terms(
+        self,
+        layers: Sequence[Layer],
+        own: Sequence[Sequence[int]],
+        y: Tensor,
+        loss: Loss,
+        a: Tensor,
+    ) -> tuple[list[Tensor], list[Tensor], list[InputCost]]:
+        """Return Q_k, M_k and R_k of the layers' Hamiltonians."""
+        require_mean(loss, self.outputs, y)
+        costates = _costates([layer.A for layer in layers], a)
+        part, zshape = self.controls.part(own[0]), self._shapes[0]
+        n = self.sizes[0]
+
+        def read(v: Tensor, s: int) -> Tensor:
+            with self.block_layer.tapped(Tap(zshape.unflatten(v[None, :n]))):
+                out = functional_call(self.model, part.unflatten(v[n:]), (self.x[s : s + 1],))
+            return loss(out, y[s : s + 1])
+
+        terms = [hessian_terms(read, self._points(0, part), n)]
+        for k in range(1, len(self.used)):
+            layer_part = self.controls.part(own[k])
+            local, size, p = self.local(k, own[k]), self.sizes[k - 1], costates[k]
+
+            def hamiltonian(
+                v: Tensor, s: int, local: Any = local, size: int = size, p: Tensor = p
+            ) -> Tensor:
+                return local(v[size:], v[:size], self.x[s]) @ p[s]
+
+            terms.append(hessian_terms(hamiltonian, self._points(k - 1, layer_part), size))
+        Q, M, R = map(list, zip(*terms, strict=True))
+        return Q, M, R
+
+    def _points(self, k: int, part: Controls) -> Tensor:
+        """Return (s, u) of every sample."""
+        states = self._states[k]
+        return torch.cat([states, part.vector.expand(len(states), -1)], dim=1)
+
+
+def _costates(A: Sequence[Tensor], a: Tensor) -> list[Tensor]:
+    """Return p_{k+1} of what layer k returns, for k = 1 ... (and first, unused, that of z)."""
+    whole = A[0]
+    for A_k in A[1:]:
+        whole = A_k @ whole
+    p = [torch.linalg.solve(identity_like(whole) - whole.mT, a)]  # (H1)
+    for A_k in reversed(A[1:]):
+        p.insert(0, (A_k.mT @ p[0][..., None])[..., 0])
+    return [p[-1], *p]
