@@ -12,6 +12,7 @@ from torch import Tensor
 from deqlqr._linalg import norm, sym
 from deqlqr.bench import timed
 from deqlqr.cyclic_riccati import solve_cyclic_dare
+from deqlqr.scan import following
 from deqlqr.search import lifted
 
 Cycle = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -37,7 +38,7 @@ class CyclicRow:
         phases: Number of phases.
         states: Number of states of all phases: the size of the lift.
         forward: `solve_cyclic_dare`, with its certificate.
-        backward: Gradient of a weighted sum of all P with respect to A, B, Q, R.
+        backward: Gradient of the sum of all P with respect to A, B, Q, R.
         sweeps: The same by value iteration.
         lift: `scipy.linalg.solve_discrete_are` on the lifted problem.
         residual: Largest relative residual of P, ours.
@@ -82,7 +83,7 @@ def random_cycle(n: Sequence[int], m: Sequence[int], seed: int = 0) -> Cycle:
     """Return A, B, Q, R of a random cycle whose phases are unstable where n does not fall."""
     g = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    ahead = [*n[1:], n[0]]
+    ahead = following(n)
     A = [rand(j, i) * 1.1 / max(i, j) ** 0.5 for i, j in zip(n, ahead, strict=True)]
     B = [rand(j, k) for j, k in zip(ahead, m, strict=True)]
     C = [rand(i, i) / i**0.5 for i in n]
@@ -133,7 +134,7 @@ def _row(name: str, device: str) -> CyclicRow:
 
 def _residual(cycle: Cycle, P: Sequence[Tensor]) -> float:
     worst = 0.0
-    for A, B, Q, R, X, ahead in zip(*cycle, P, [*P[1:], P[0]], strict=True):
+    for A, B, Q, R, X, ahead in zip(*cycle, P, following(P), strict=True):
         mixed = B.mT @ ahead @ A
         K = torch.linalg.solve(R + B.mT @ ahead @ B, mixed)
         worst = max(worst, float(norm(A.mT @ ahead @ A + Q - mixed.mT @ K - X) / norm(X)))

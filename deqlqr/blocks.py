@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqlqr._checks import choice
-from deqlqr.phases import Phase
+from deqlqr.phases import PhaseMap
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 
@@ -80,7 +80,7 @@ class DenseBlock(nn.Module):
         injected = x if self.input is None else self.input(x)
         return _ACTIVATIONS[self.activation](F.linear(z, self.weight, self.state.bias) + injected)
 
-    def phases(self, x: Tensor) -> list[Phase]:
+    def phases(self, x: Tensor) -> list[PhaseMap]:
         """Return f(., x), which is one layer, as the one phase of a cyclic LQR."""
         return [lambda z: self(z, x)]
 
@@ -176,7 +176,7 @@ class ConvBlock(nn.Module):
             return fz
         return fz * (self.max_lipschitz / self.lipschitz_bound()).clamp(max=1.0)
 
-    def phases(self, x: Tensor) -> list[Phase]:
+    def phases(self, x: Tensor) -> list[PhaseMap]:
         """Return f(., x) as three phases, each with one layer's own parameters.
 
             z -> (z, y, l_1),   (z, y, l_1) -> (w, l_2),   (w, l_2) -> s N3(w)

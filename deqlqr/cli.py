@@ -274,7 +274,7 @@ def bench_dare_command(
 def bench_cyclic_command(cycle: tuple[str, ...], device: str, as_json: bool) -> None:
     """Time solve_cyclic_dare beside SciPy's solve_discrete_are on the lifted problem.
 
-    float64, one CPU thread; n and m are the states and controls of the phases. About a minute.
+    float64, one CPU thread; n are the states of the phases. About a minute.
     """
     devices = ["cpu", "cuda"] if device == "auto" and torch.cuda.is_available() else [device]
     for name in devices:

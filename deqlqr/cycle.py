@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from deqlqr._linalg import norm
 from deqlqr.dare import Dare, Eliminated, Gain, error_of, gain_of
 from deqlqr.input_cost import InputCost
-from deqlqr.scan import Chain
+from deqlqr.scan import Chain, following
 from deqlqr.solution import DareResult
 from deqlqr.spectral import closed_loop_radius
 
@@ -157,7 +157,7 @@ def certify(
     Returns:
         A `Certificate`.
     """
-    ahead = [*P[1:], P[0]]
+    ahead = following(P)
     errors = [
         error_of(group.dare, group.gather(P), group.gather(ahead), gain)
         for group, gain in zip(cycle.groups, gains, strict=True)
@@ -230,7 +230,7 @@ def judge(
     eliminated: Sequence[Eliminated] | None = None,
 ) -> Found:
     """Return a candidate P with its gain and certificate."""
-    ahead = [*P[1:], P[0]]
+    ahead = following(P)
     gains = [
         gain_of(group.dare, group.gather(ahead), None if eliminated is None else eliminated[i])
         for i, group in enumerate(cycle.groups)

@@ -53,17 +53,19 @@ class CyclicLQR:
         Raises:
             ValueError: If one does not fit.
         """
-        for field in fields(self)[:-1]:
+        for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Sequence):
                 object.__setattr__(self, field.name, tuple(value))
-        self._check_controls()
         check_phases(self.A, self.B, self.Q, self.R, M=self.M, a=self.a, b=self.b)
+        self._check_controls()
 
     def _check_controls(self) -> None:
         if self.controls is None:
             return
         phase_count(B=self.B, controls=self.controls)
+        if any(index.device != self.A[0].device for index in self.controls):
+            raise ValueError(f"controls must be on {self.A[0].device} like A[0].")
         every = torch.cat(list(self.controls)).sort().values
         if [len(index) for index in self.controls] != [B.shape[-1] for B in self.B] or not (
             torch.equal(every, torch.arange(len(every), device=every.device))
@@ -118,11 +120,26 @@ class CyclicLQR:
 
         Args:
             u: Those of every phase, `(*batch, m_k)`.
+
+        Raises:
+            ValueError: If they are not one tensor of the right size for each phase.
         """
+        phase_count(B=self.B, u=u)
+        if any(part.shape[-1] != m for part, m in zip(u, self.m, strict=True)):
+            raise ValueError(
+                f"u must have {self.m} controls in the phases, got "
+                f"{tuple(part.shape[-1] for part in u)}."
+            )
         return torch.cat(list(u), dim=-1) if self.controls is None else joined(u, self.controls)
 
     def split(self, u: Tensor) -> list[Tensor]:
-        """Return the controls of every phase from all of them: the reverse of `join`."""
+        """Return the controls of every phase from all of them: the reverse of `join`.
+
+        Raises:
+            ValueError: If u does not have m controls in its last dimension.
+        """
+        if u.dim() == 0 or u.shape[-1] != sum(self.m):
+            raise ValueError(f"u must have {sum(self.m)} controls, got shape {tuple(u.shape)}.")
         if self.controls is None:
             return list(u.split(self.m, dim=-1))
         return split_up(u, self.controls)
@@ -203,7 +220,7 @@ def check_phases(A: Any, B: Any, Q: Any, R: Any, **others: Any) -> None:
             if not isinstance(X, kinds) or len(X.shape) < 2:
                 got = str(tuple(X.shape)) if isinstance(X, kinds) else type(X).__name__
                 raise ValueError(
-                    f"{name}[{k}] must be a matrix (*batch, rows, columns), got {got}."
+                    f"{name}[{k}] must be a tensor (*batch, rows, columns), got {got}."
                 )
     like = A[0]
     batch = like.shape[:-2]

@@ -25,7 +25,7 @@ from deqlqr.linearize_samples import Minibatch
 from deqlqr.search import Doubling
 from deqlqr.solution import ConvergenceError, DareResult, describe_failures
 from deqlqr.solver import FixedPointSolution
-from deqlqr.sweeps import LayerDamping, Swept, sweep_cycle
+from deqlqr.sweeps import LayerDamping, Swept, as_phases, sweep_cycle
 
 # What the step needs of P is judged by the steady state, in whatever type it is computed.
 _AS_IT_IS = Doubling(refine=0)
@@ -73,14 +73,13 @@ class CyclicProblem:
     ) -> None:
         self.loss = local.loss
         self.solutions: Sequence[FixedPointSolution] = [local.solution]
-        self._local, self._minibatch, self._dtype = local, minibatch, dtype
         self._sizes, self._sweeps, self._controls = sizes, sweeps, local.controls
-        self._phases: list[Phase] = local.phases(minibatch, dtype)
-
-    @cached_property
-    def _lqr(self) -> CyclicLQR:
-        exact = self._minibatch == "exact"
-        return (self._local.exact() if exact else self._local.per_sample()).to(self._dtype)
+        self._lqr: CyclicLQR | None = None
+        if local.B is None:
+            self._phases: Sequence[Phase] = local.by_products(minibatch, dtype)
+        else:
+            self._lqr = local.lqr(minibatch, dtype)
+            self._phases = as_phases(self._lqr)
 
     @cached_property
     def gradient(self) -> Tensor:
@@ -116,9 +115,10 @@ class CyclicProblem:
         return self._by_sweeps(parts, self._sweeps)
 
     def _by_doubling(self, shifts: Sequence[Tensor]) -> Direction:
+        assert self._lqr is not None  # noqa: S101  B is stored for doubling
         lqr = self._lqr.damped(shifts)
         dare = factored_cyclic_dare(lqr, solver=_AS_IT_IS)
-        failed = Direction(
+        known = Direction(
             None,
             float("nan"),
             reason=describe_failures(dare.result, DareResult, "cyclic DARE"),
@@ -126,13 +126,13 @@ class CyclicProblem:
             dare_residual=float(dare.residual.max()),
             dare_iterations=int(dare.iterations.max()),
         )
-        if failed.reason is not None:
-            return failed
+        if known.reason is not None:
+            return known
         try:
             state = cyclic_steady_state(lqr, dare)
         except ConvergenceError as error:
-            return replace(failed, reason=str(error))
-        return self._completed(failed, state.u, state.x, state.residual, shifts)
+            return replace(known, reason=str(error))
+        return self._completed(known, state.u, state.x, state.residual, shifts)
 
     def _by_sweeps(self, shifts: Sequence[Tensor], how: SweepOptions) -> Direction:
         first = self._phases[0].A
@@ -142,21 +142,24 @@ class CyclicProblem:
             max_sweeps=how.max_sweeps,
         )  # fmt: skip
         assert swept.closed_loop_radius is not None  # noqa: S101
-        failed = Direction(
+        known = Direction(
             None,
             float("nan"),
             reason=_why_not(swept, how),
             closed_loop_radius=float(swept.closed_loop_radius.max()),
             dare_iterations=swept.sweeps,
             truncation=float(swept.truncation.max()),
-            layer_damping=tuple(float(delta.mean()) for delta in swept.delta),
+            layer_damping=tuple(
+                float(delta.mean()) if len(part) else float("nan")
+                for delta, part in zip(swept.delta, shifts, strict=True)
+            ),
         )
-        if failed.reason is not None:
-            return failed
+        if known.reason is not None:
+            return known
         used = [
             delta[..., None].expand_as(u) for delta, u in zip(swept.delta, swept.u, strict=True)
         ]
-        return self._completed(failed, swept.u, swept.x, swept.residual, used)
+        return self._completed(known, swept.u, swept.x, swept.residual, used)
 
     def _completed(
         self,
@@ -195,6 +198,9 @@ def _why_not(swept: Swept, how: SweepOptions) -> str | None:
             f"the Neumann series diverges: rho / delta = {ratio:.3g} in phase {phase}; raise the "
             "damping, or take damping='adaptive-layer'"
         )
+    assert swept.closed_loop_radius is not None  # noqa: S101
+    if not bool((swept.closed_loop_radius < 1).all()):
+        return "the closed loop is not stable, or P not finite"
     if not bool(swept.converged.all()):
         return f"P has not settled within {how.max_sweeps} sweeps"
     return None

@@ -20,6 +20,7 @@ from deqlqr._linalg import identity_like, lu_factor, norm
 from deqlqr.cyclic_lqr import CyclicLQR
 from deqlqr.cyclic_riccati import CyclicDareSolution, solve_cyclic_dare
 from deqlqr.dare import Dare, DirectGain
+from deqlqr.scan import following
 from deqlqr.steady_state import all_coupled, require_regular
 
 
@@ -75,7 +76,7 @@ def cyclic_steady_state(
     gains = dare.gains or [
         DirectGain.of(Dare(A, B, Q, all_coupled(R), M), P_next)
         for A, B, Q, R, M, P_next in zip(
-            lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, [*P[1:], P[0]], strict=True
+            lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, following(P), strict=True
         )
     ]
     A_cl = [A - B @ k for A, B, k in zip(lqr.A, lqr.B, K, strict=True)]
@@ -87,7 +88,7 @@ def cyclic_steady_state(
     lam = [lam[-k % len(lam)] for k in range(len(lam))]
     drive = [
         gain.solve(b_k + B.mT @ ahead)
-        for gain, b_k, B, ahead in zip(gains, b, lqr.B, [*lam[1:], lam[0]], strict=True)
+        for gain, b_k, B, ahead in zip(gains, b, lqr.B, following(lam), strict=True)
     ]
     x, info_x = around_cycle(A_cl, [-(B @ d) for B, d in zip(lqr.B, drive, strict=True)])
     u = [-(k @ x_k) - d for k, x_k, d in zip(K, x, drive, strict=True)]  # (C4)

@@ -224,12 +224,9 @@ def error_of(dare: Dare, P: Tensor, P_next: Tensor, gain: Gain) -> Error:
     A_cl = A - B @ K
     PA = P_next @ A_cl
     BPA, RK, MK = B.mT @ PA, R @ K, times(K.mT, M).mT
-    terms: tuple[Tensor, ...]
-    if gain.mixed is None:  # more controls than states: K'RK would cost more than all the rest
-        APA = A.mT @ PA
-        mixed, terms = _mixed_size(dare, P_next, gain, MK, APA), (APA, Q, -MK, -P)
-    else:  # where a large P+ comes down to a small P, this form has no large terms that cancel
-        mixed, terms = norm(gain.mixed), (A_cl.mT @ PA, K.mT @ RK, Q, -MK, -MK.mT, -P)
+    mixed = _mixed_size(dare, P_next, gain, MK, A_cl) if gain.mixed is None else norm(gain.mixed)
+    # Where a large P+ comes down to a small P, no large terms cancel in this form of (R1).
+    terms = (A_cl.mT @ PA, K.mT @ RK, Q, -MK, -MK.mT, -P)
     scale = torch.stack([norm(RK), norm(M), norm(BPA), mixed]).amax(0)
     gain_error = norm(RK - M - BPA) / scale.clamp(min=torch.finfo(P.dtype).tiny)
     defect = sum(terms[1:], terms[0])
@@ -237,8 +234,8 @@ def error_of(dare: Dare, P: Tensor, P_next: Tensor, gain: Gain) -> Error:
     return Error(A_cl, defect, residual)
 
 
-def _mixed_size(dare: Dare, P: Tensor, gain: Gain, MK: Tensor, APA: Tensor) -> Tensor:
+def _mixed_size(dare: Dare, P: Tensor, gain: Gain, MK: Tensor, A_cl: Tensor) -> Tensor:
     """Return the size of M + B'PA, or less: below it the second equation is all rounding."""
     # |(M + B'PA)'K| / |K|, which needs no further product with m rows.
     size = norm(gain.K).clamp(min=torch.finfo(P.dtype).tiny)
-    return norm(MK + dare.A.mT @ (P @ dare.A) - APA) / size
+    return norm(MK + dare.A.mT @ (P @ (dare.A - A_cl))) / size

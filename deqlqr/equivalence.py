@@ -29,6 +29,7 @@ from deqlqr.kronecker import KroneckerMetric, dense_metric
 from deqlqr.linearize_samples import choose_divergence, linearize_samples
 from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
+from deqlqr.phases import has_phases
 from deqlqr.riccati import solve_dare
 from deqlqr.routes import Cyclic, Kronecker, Krylov, Memory, Output, Route, Sampled
 from deqlqr.solution import ConvergenceError
@@ -314,10 +315,12 @@ class _Check:
 
     def _cyclic_step(self, divergence: OutputDivergence) -> Tensor:
         """Return the step of the block's layers (F5)."""
+        if not has_phases(self.layer.block):
+            raise _Skip(f"the block {type(self.layer.block).__name__} has no phases")
         try:
             return self._step_by(Cyclic(max_states=self._NO_LIMIT), divergence)
-        except ValueError as error:  # a block without phases
-            raise _Skip(str(error)) from error
+        except ValueError as error:  # phases that are not the block's
+            raise ConvergenceError(str(error)) from error
 
     def _explicit_step(self, divergence: OutputDivergence, *, sampled: bool = False) -> Tensor:
         """Return the step with the metric J'Lambda J / batch, J = dy/du by autograd.

@@ -95,9 +95,12 @@ def plot_seeds(
     for number, (axis, (name, curves)) in enumerate(zip(axes, panels.items(), strict=True)):
         for curve, seeds in curves.items():
             by_step: dict[int, list[float]] = {}
-            for line in (line for lines in seeds for line in lines if line["kind"] == "step"):
-                by_step.setdefault(line["step"], []).append(line["accuracy"])
-            steps = sorted(by_step)
+            for lines in seeds:
+                for line in lines:
+                    if line["kind"] == "step":
+                        by_step.setdefault(line["step"], []).append(line["accuracy"])
+            # Where a seed has failed the curve ends: a mean of the others would flatter it.
+            steps = sorted(step for step, found in by_step.items() if len(found) == len(seeds))
             values = [by_step[step] for step in steps]
             style = "--" if curve.startswith("fixed") else "-"
             means = [sum(v) / len(v) for v in values]

@@ -19,7 +19,7 @@ from deqlqr.deq import DEQ, Tap, find_deq
 from deqlqr.input_cost import InputCost
 from deqlqr.linearize_samples import check_input, hessian_terms, require_mean, sample_by_sample
 from deqlqr.loss import Loss
-from deqlqr.phases import Phased, phases_of
+from deqlqr.phases import Phased, PhaseMap, phases_of
 from deqlqr.state import StateShape
 
 LocalPhase = Callable[[Tensor, Tensor, Tensor], Tensor]  # (u, s, x) -> s+ of one sample
@@ -58,22 +58,50 @@ class _Chain(Tap):
 
     def evaluate(self, block: nn.Module, inputs: tuple[Any, ...], shared: dict[str, Any]) -> Any:
         """Keep what goes into each phase and what comes out."""
+        name = type(block).__name__
         self.chain = phases_of(block, self.z, inputs, shared)
         self.shapes: list[StateShape] = []
         self.states: list[Tensor] = []
         self.results: list[Any] = []
         value = self.z
-        for phase in self.chain.phases(*inputs, **shared):
-            shape = StateShape.of(value, f"state of phase {len(self.states)} of the block")
+        for number, phase in enumerate(_listed(self.chain, name, inputs, shared)):
+            shape = StateShape.of(value, f"state of phase {number} of {name}")
             flat = shape.flatten(value).detach()
-            value = phase(shape.unflatten(flat))
+            try:
+                value = phase(shape.unflatten(flat))
+            except TypeError as error:
+                raise ValueError(
+                    f"phase {number} of {name} must take one state, a tensor or a tuple of tensors "
+                    f"as the phase before returns it; it raised: {error}."
+                ) from error
             self.shapes.append(shape)
             self.states.append(flat)
             self.results.append(value)
-        if not self.results:
-            raise ValueError(f"{type(block).__name__}.phases returned no phase.")
         self.shapes.append(StateShape.of(value, "f(z, x) by the block's phases"))
         return block(self.z, *inputs, **shared)
+
+
+def _listed(
+    chain: Phased, name: str, inputs: tuple[Any, ...], shared: dict[str, Any]
+) -> Sequence[PhaseMap]:
+    """Return the phases.
+
+    Raises:
+        ValueError: If they are no list of functions.
+    """
+    try:
+        phases = chain.phases(*inputs, **shared)
+    except TypeError as error:
+        raise ValueError(
+            f"{name}.phases must take the block's inputs, those of forward after z; it raised: "
+            f"{error}."
+        ) from error
+    if not isinstance(phases, Sequence) or not phases or not all(map(callable, phases)):
+        raise ValueError(
+            f"{name}.phases must return a list of at least one function state -> state, got "
+            f"{phases!r}."
+        )
+    return phases
 
 
 class _One(Tap):
@@ -108,9 +136,13 @@ class Layers:
         if self.block_layer.solution is None:
             raise ValueError("model did not call its DEQ layer.")
         self.solution = self.block_layer.solution.raise_if_failed("fixed point of the block")
-        tap = _Chain(self.solution.value)
-        with torch.enable_grad(), self.block_layer.tapped(tap):
-            y = model(x)
+        shape = StateShape.of(self.solution.value)
+        with torch.enable_grad():
+            z = shape.flatten(self.solution.value).detach().requires_grad_()
+            tap = _Chain(shape.unflatten(z))
+            with self.block_layer.tapped(tap):
+                y = model(x)
+            self._z, self._fz = z, shape.flatten(tap.fz)
         self._chain, self._shapes, self._states = tap.chain, tap.shapes, tap.states
         self._require_same(tap)
         self.sizes = [shape.size for shape in tap.shapes[:-1]]
@@ -133,7 +165,29 @@ class Layers:
         if not gap <= 1e3 * torch.finfo(fz.dtype).eps * max(1.0, size):
             raise ValueError(
                 f"the phases of {name}, one after the other, must give f(z, x); they differ by "
-                f"{gap:.1e}."
+                f"{gap:.1e} (with active dropout they cannot: call model.eval())."
+            )
+
+    def require_derivatives(self, layers: Sequence[Layer]) -> None:
+        """Refuse phases whose derivative in the state is not that of the block.
+
+        Raises:
+            ValueError: If they differ, as with a phase that detaches.
+        """
+        generator = torch.Generator().manual_seed(0)
+        g = torch.randn(self._fz.shape, generator=generator).to(self._fz)
+        (by_block,) = torch.autograd.grad(
+            self._fz, self._z, g, retain_graph=True, materialize_grads=True
+        )
+        by_phases = g[..., None]
+        for layer in reversed(layers):
+            by_phases = layer.A.mT @ by_phases
+        gap = float((by_block - by_phases[..., 0]).norm())
+        if not gap <= 1e4 * torch.finfo(g.dtype).eps * float(g.norm() + by_block.norm()):
+            raise ValueError(
+                f"the phases of {type(self.block_layer.block).__name__} have another derivative "
+                f"than f(z, x): they differ by {gap:.1e} along a random direction. Does a phase "
+                "detach, or mix samples?"
             )
 
     def _uses(self, value: Tensor) -> list[int]:

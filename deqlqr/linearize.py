@@ -38,8 +38,10 @@ def linearize(
         damping: delta of R_bar = R + delta I.
         minibatch: `"exact"` for the one augmented problem of the batch (N2), with n = batch times
             the state size; `"per-sample"` for a batch of problems (N3).
-        cyclic: Take the block apart into its layers (N4): a `CyclicLQR`. For an `nn.Sequential`,
-            the package's blocks, and blocks with a method `phases` (see `deqlqr.phases`).
+        cyclic: Take the block apart into its layers (N4): a `CyclicLQR`, whose phase 0 reads the
+            output and phase k is the k-th layer with parameters. For subclasses of `nn.Sequential`
+            with `forward(z, x)`, the package's blocks, and blocks with a method `phases` (see
+            `deqlqr.phases`).
 
     Returns:
         An `LQR`, its controls in the order of `Controls`; or a `CyclicLQR`, whose `join` brings

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from deqlqr.cyclic_lqr import CyclicLQR
 from deqlqr.divergence import Divergence, Euclidean, Newton, OutputDivergence
 from deqlqr.input_cost import InputCost
-from deqlqr.input_map import StoredMap
 from deqlqr.layer_inverse import Phase
 from deqlqr.layers import Layer, Layers
 from deqlqr.linearize_samples import Minibatch, pulled_back, require_independent, stacked
@@ -78,21 +77,28 @@ class PhaseLinearization:
             self.A, self.B, self.Q, self.R, self.M, self.a, self.b, controls=self.controls
         )
 
-    def phases(self, minibatch: Minibatch, dtype: torch.dtype) -> list[Phase]:
+    def lqr(self, minibatch: Minibatch, dtype: torch.dtype) -> CyclicLQR:
+        """Return the problem of the batch or those of its samples, in a type."""
+        return (self.exact() if minibatch == "exact" else self.per_sample()).to(dtype)
+
+    def by_products(self, minibatch: Minibatch, dtype: torch.dtype) -> list[Phase]:
         """Return the phases for sweeps, with B by its products."""
         found = []
         rest = zip(self.A, self.Q, self.R, self.M, self.a, self.b, strict=True)
         for k, (A, Q, R, M, a, b) in enumerate(rest):
-            B = A.new_zeros(*A.shape[:2], 0) if self.B is None else self.B[k]
-            own = {"A": A, "B": B, "Q": Q, "R": R, "M": M, "a": a, "b": b}
+            own = {
+                "A": A,
+                "B": A.new_zeros(*A.shape[:2], 0),
+                "Q": Q,
+                "R": R,
+                "M": M,
+                "a": a,
+                "b": b,
+            }
             if minibatch == "exact":
                 own = stacked(**own)
             own = {name: X.to(dtype) for name, X in own.items()}
-            if self.B is None:
-                own["B"] = self.plan.products(k, minibatch, own["A"])
-            else:
-                own["B"] = StoredMap(own["B"])
-            found.append(Phase(**own))
+            found.append(Phase(**own | {"B": self.plan.products(k, minibatch, own["A"])}))
         return found
 
 
@@ -115,7 +121,7 @@ def linearize_phases(
         loss: The loss.
         divergence: What gives Q, R and M.
         max_states: Most states of a sample in a phase.
-        stored: Form the matrices B; if not, they are known by products only, for `phases`.
+        stored: Form the matrices B; if not, they are known by products only, for `by_products`.
 
     Returns:
         A `PhaseLinearization`, from which both kinds of minibatch problem are formed.
@@ -135,6 +141,7 @@ def linearize_phases(
             "'krylov' or 'kronecker'."
         )
     layers = [at.layer(k, stored) for k in range(1, len(at.used))]
+    at.require_derivatives(layers)
     plan = Plan(at, layers)
     read = at.readout(plan.own[0])
     require_independent(model, x, at.solution, layers[-1].value, read.value)

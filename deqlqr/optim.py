@@ -65,7 +65,8 @@ class StepReport:
         dare_iterations: Most doubling steps or sweeps, of the last attempt.
         iterations: Products with the metric, on the Krylov route.
         truncation: Bound on the relative error of the inverses, on the cyclic route by sweeps.
-        layer_damping: Damping of every phase there: of what reads the output, then of the layers.
+        layer_damping: Damping of every phase there: of what reads the output, then of the layers;
+            NaN where there are no controls.
     """
 
     loss: float

@@ -96,6 +96,7 @@ class Plan:
         parts = [
             (where, _LayerProducts(self._at, k, self.own[j], minibatch))
             for where, k in self._effects(j)
+            if set(self.own[j]) & set(self._at.used[k])
         ]
         m, exact = len(self.controls[j]), minibatch == "exact"
         batch, rows = len(self._layers[0].A), _end(self._rows(j))
@@ -137,7 +138,9 @@ class _LayerProducts:
         part, used = at.controls.part(parameters), at.used[k]
         kept = [i for i in parameters if i in used]
         entries = zip(parameters, torch.arange(part.m).split(part.sizes), strict=True)
-        self._m, self._entries = part.m, [index for i, index in entries if i in kept]
+        self._m = part.m
+        index = torch.cat([index for i, index in entries if i in kept])
+        self._index = index.to(at.x.device)
         self._u = at.controls.part(kept).vector
         self._local, self._at, self._k = at.local(k, kept), at, k
         self._exact = minibatch == "exact"
@@ -145,7 +148,7 @@ class _LayerProducts:
     def push(self, v: Tensor) -> Tensor:
         """Return B v `(batch, n+, j)` for v `(m, j)`, or `(batch, m, j)` for one each."""
         states, x = self._at.states(self._k), self._at.x
-        kept = v[..., self._index(v.device), :].to(states.dtype)
+        kept = v[..., self._index, :].to(states.dtype)
 
         def one(s: Tensor, x: Tensor, direction: Tensor) -> Tensor:
             return jvp(lambda u: self._local(u, s, x), (self._u,), (direction,))[1]
@@ -165,12 +168,7 @@ class _LayerProducts:
         total = lambda c: samples(states, x, c).sum(0) if self._exact else samples(states, x, c)
         pulled = torch.vmap(total, -1, -1)(w.to(states.dtype)).to(w.dtype)
         out = w.new_zeros(*pulled.shape[:-2], self._m, w.shape[-1])
-        return out.index_copy_(-2, self._index(w.device), pulled)
-
-    def _index(self, device: torch.device) -> Tensor:
-        if not self._entries:
-            return torch.arange(0, device=device)
-        return torch.cat(self._entries).to(device)
+        return out.index_copy_(-2, self._index, pulled)
 
 
 def _places(n: int, carried: Sequence[int], width: dict[int, int]) -> dict[int | None, slice]:

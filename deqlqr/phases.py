@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from deqlqr.state import StateShape
 
-Phase = Callable[[Any], Any]  # state -> state
+PhaseMap = Callable[[Any], Any]  # state -> state
 
 
 @runtime_checkable
 class Phased(Protocol):
     """A block that says what its phases are."""
 
-    def phases(self, *inputs: Any, **shared: Any) -> Sequence[Phase]:
+    def phases(self, *inputs: Any, **shared: Any) -> Sequence[PhaseMap]:
         """Return functions state -> state that, applied in turn to z, give f(z, *inputs).
 
         Called anew for every evaluation, with the inputs and parameters of the moment.
@@ -44,16 +44,26 @@ def phases_of(block: nn.Module, z: Any, inputs: Sequence[Any], shared: dict[str,
     Raises:
         ValueError: If the block has no phases.
     """
-    if callable(getattr(type(block), "phases", None)):
+    if _declares(block):
         assert isinstance(block, Phased)  # noqa: S101
         return block
-    if isinstance(block, nn.Sequential) and len(block) > 0:
+    if has_phases(block):
+        assert isinstance(block, nn.Sequential)  # noqa: S101
         return LayerPhases(block, z, inputs, shared)
     raise ValueError(
-        f"block {type(block).__name__} has no phases: a cyclic LQR needs an nn.Sequential, or a "
-        "block with a method phases(*inputs) that returns functions state -> state (see "
-        "deqlqr.phases). Route 'dare' takes any block."
+        f"block {type(block).__name__} has no phases: a cyclic LQR needs an nn.Sequential subclass "
+        "with forward(z, x), or a block with a method phases(*inputs) that returns functions "
+        "state -> state (see deqlqr.phases). Route 'dare' takes any block."
     )
+
+
+def has_phases(block: nn.Module) -> bool:
+    """Return whether a block declares phases or is an `nn.Sequential` with layers."""
+    return _declares(block) or (isinstance(block, nn.Sequential) and len(block) > 0)
+
+
+def _declares(block: nn.Module) -> bool:
+    return callable(getattr(type(block), "phases", None))
 
 
 class LayerPhases:
@@ -76,17 +86,23 @@ class LayerPhases:
             value = self._before(self._shape.unflatten(flat), inputs, shared)
             for layers in self._groups:
                 value = _through(layers, value)
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"the layers of {type(block).__name__} must return a tensor, got "
+                    f"{type(value).__name__}; give it a method phases(*inputs) that returns "
+                    "functions state -> state."
+                )
             value = value.detach().requires_grad_()
             result = self._after(self._shape.unflatten(flat), value, inputs, shared)
             summed = StateShape.of(result).flatten(result).sum()
             _, again = torch.autograd.grad(summed, [value, flat], allow_unused=True)
         self._keeps_z = again is not None
 
-    def phases(self, *inputs: Any, **shared: Any) -> list[Phase]:
+    def phases(self, *inputs: Any, **shared: Any) -> list[PhaseMap]:
         """Return the functions state -> state."""
         groups, last = self._groups, len(self._groups) - 1
 
-        def phase(k: int) -> Phase:
+        def phase(k: int) -> PhaseMap:
             def step(state: Any) -> Any:
                 z, value = self._unpacked(state) if k > 0 else (state, None)
                 if k == 0:

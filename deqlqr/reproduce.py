@@ -189,8 +189,8 @@ def _seeds_row(
     ends, seconds, failures = [], [], []
     for lines, failure in found:
         steps = [line for line in lines if line["kind"] == "step"]
-        ends.append(max((line["accuracy"] for line in steps[-3:]), default=0.0))
-        seconds.append(steps[-1]["seconds"] / steps[-1]["step"] if steps else float("nan"))
+        ends.append(mean(line["accuracy"] for line in steps[-3:]) if steps else 0.0)
+        seconds += [steps[-1]["seconds"] / steps[-1]["step"]] if steps else []
         failures += [] if failure is None else [failure]
     return {
         "lr": lr,
@@ -198,7 +198,7 @@ def _seeds_row(
         "accuracy": mean(ends),
         "lowest": min(ends),
         "highest": max(ends),
-        "seconds_per_step": mean(seconds),
+        "seconds_per_step": mean(seconds) if seconds else None,
         "failures": failures,
     }
 
@@ -209,7 +209,7 @@ def _markdown(rows: list[dict[str, Any]]) -> Iterable[str]:
     for r in rows:
         yield (
             f"| {r['lr']:g} | {r['damping']} | {r['accuracy']:.1%} ({r['lowest']:.1%} to "
-            f"{r['highest']:.1%}) | {r['seconds_per_step']:.2f} | {len(r['failures'])} |"
+            f"{r['highest']:.1%}) | {r['seconds_per_step'] or 0.0:.2f} | {len(r['failures'])} |"
         )
 
 

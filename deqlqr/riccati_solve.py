@@ -22,11 +22,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from deqlqr._linalg import batch_first, largest, norm, sym, zeros_if_none
+from deqlqr._linalg import batch_first, identity_like, largest, norm, sym, zeros_if_none
 from deqlqr.cycle import Cycle, Found
 from deqlqr.dare import Gain
 from deqlqr.input_cost import InputCost
-from deqlqr.scan import in_groups
+from deqlqr.scan import following, in_groups
 from deqlqr.search import (
     Doubling,
     by_doubling,
@@ -48,7 +48,7 @@ class Options:
     method: Literal["doubling", "value-iteration", "scipy"]
     solver: Doubling
     out_dtype: torch.dtype
-    max_sweeps: int = 1
+    max_sweeps: int = 10_000
     factors: bool = False  # keep those of the gains; a large batch is then solved in one piece
     # Makes the solution that raises if an element failed; nothing is raised if `None`.
     solution: Callable[["Solved"], Any] | None = None
@@ -230,10 +230,12 @@ class _Riccati(torch.autograd.Function):
             A_cl = (A - B @ K).masked_fill(failed, 0.0)
             if not asked:
                 return A_cl, torch.zeros_like(K), torch.zeros_like(P_next)
-            W = torch.linalg.solve(sym(R) + B.mT @ P_next @ B, K_bar).masked_fill(failed, 0.0)
+            S = sym(R) + B.mT @ P_next @ B
+            S = torch.where(failed, identity_like(S), S)  # what is unknown may be singular
+            W = torch.linalg.solve(S, K_bar).masked_fill(failed, 0.0)
             return A_cl, W, B @ W @ A_cl.mT
 
-        P_next = _next(P)
+        P_next = following(P)
         parts = in_groups(driven, list(zip(A, B, R, P_next, K, K_bar, strict=True)))
         A_cl, W, drive = (list(column) for column in zip(*parts, strict=True))
         before = [drive[k - 1] for k in range(p)]
@@ -255,7 +257,7 @@ class _Riccati(torch.autograd.Function):
             [zeros_if_none(dX, X).to(X.dtype) for X, dX in zip(Xs, dXs, strict=True)]
             for Xs, dXs in zip(likes, _by_kind(tangents[2 : 2 + 5 * p], p), strict=True)
         )
-        A_cl, right, drives, P_next = [], [], [], _next(P)
+        A_cl, right, drives, P_next = [], [], [], following(P)
         for k in range(p):
             A_cl.append(A[k] - B[k] @ K[k])
             drives.append(dA[k] - dB[k] @ K[k])
@@ -263,12 +265,13 @@ class _Riccati(torch.autograd.Function):
             curved = K[k].mT @ sym(dR[k]) @ K[k]
             right.append(sym(dQ[k]) - dMK - dMK.mT + curved + T + T.mT)
         dP = solve_cyclic_stein(A_cl, right, throw=False).X  # (R9)
-        dK = []
-        for k, dP_next in enumerate(_next(dP)):
+        dK, failed = [], P[0].isnan().any(-1).any(-1)[..., None, None]
+        for k, dP_next in enumerate(following(dP)):
             PA, S = P_next[k] @ A_cl[k], sym(R[k]) + B[k].mT @ P_next[k] @ B[k]
             mixed = dM[k] - sym(dR[k]) @ K[k] + dB[k].mT @ PA
             mixed = mixed + B[k].mT @ (P_next[k] @ drives[k] + dP_next @ A_cl[k])
-            dK.append(torch.linalg.solve(S, mixed))
+            S = torch.where(failed, identity_like(S), S)
+            dK.append(torch.linalg.solve(S, mixed).masked_fill(failed, float("nan")))
         return *(X.to(ctx.out_dtype) for X in (*dP, *dK)), *(None,) * 5
 
     @staticmethod
@@ -293,11 +296,6 @@ def _gradients(
 def _by_kind(tensors: Sequence[Any], p: int) -> list[list[Any]]:
     """Return lists over phases from their concatenation."""
     return [list(tensors[i : i + p]) for i in range(0, len(tensors), p)]
-
-
-def _next(values: Sequence[Any]) -> list[Any]:
-    """Return what belongs to the phase that follows each."""
-    return [*values[1:], values[0]]
 
 
 def _scaled(

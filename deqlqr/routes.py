@@ -86,8 +86,8 @@ LayerDampingLike = Literal["fixed", "adaptive-layer"] | LayerDamping
 class Cyclic(Options):
     """The cyclic Riccati equations of the block's layers: the step of `Dare`, layer by layer.
 
-    Takes blocks with phases: the package's, an `nn.Sequential`, or one that declares them (see
-    `deqlqr.phases`).
+    Takes blocks with phases: the package's, an `nn.Sequential` subclass with `forward(z, x)`, or
+    one that declares them (see `deqlqr.phases`). By sweeps, a layer's parameters need one damping.
 
     Attributes:
         minibatch: As for `Dare`.
@@ -95,7 +95,8 @@ class Cyclic(Options):
             `NeumannInverse(terms=20)`: no matrix is inverted and no B_k formed.
         damping: `"fixed"`: the optimizer's delta for all layers. `"adaptive-layer"`: by each
             layer's own curvature (V4) and at least the optimizer's, with options
-            `LayerDamping(margin=2.0)`; another step than that of `Dare`.
+            `LayerDamping(margin=2.0)`; another step than that of `Dare`. `None` takes the second
+            with a series, which diverges where delta is too small, else the first.
         max_states: Largest batch x states between two layers (states, if per sample).
         tol: Relative change of P in a sweep that counts as converged, where sweeps are what
             solves: with any option but `"exact"` and `"fixed"`.
@@ -107,7 +108,7 @@ class Cyclic(Options):
 
     minibatch: Minibatch = "exact"
     inverse: InverseLike = "exact"
-    damping: LayerDampingLike = "fixed"
+    damping: LayerDampingLike | None = None
     max_states: int = 4096
     tol: float = 1e-8
     max_sweeps: int = 1000
@@ -115,7 +116,7 @@ class Cyclic(Options):
     def __post_init__(self) -> None:
         choice("minibatch", self.minibatch, get_args(Minibatch))
         make_inverse(self.inverse)
-        if not isinstance(self.damping, LayerDamping):
+        if self.damping is not None and not isinstance(self.damping, LayerDamping):
             choice("damping", self.damping, ("fixed", "adaptive-layer"))
         count("max_states", self.max_states)
         count("max_sweeps", self.max_sweeps)
@@ -134,11 +135,13 @@ class Cyclic(Options):
     @property
     def _sweeps(self) -> SweepOptions | None:
         inverse = make_inverse(self.inverse)
-        adapt = self.damping if isinstance(self.damping, LayerDamping) else None
-        if self.damping == "adaptive-layer":
-            adapt = LayerDamping()
-        if isinstance(inverse, ExactInverse) and adapt is None:
+        exact = isinstance(inverse, ExactInverse)
+        damping = ("fixed" if exact else "adaptive-layer") if self.damping is None else self.damping
+        if exact and damping == "fixed":
             return None
+        adapt = damping if isinstance(damping, LayerDamping) else None
+        if damping == "adaptive-layer":
+            adapt = LayerDamping()
         return SweepOptions(inverse, adapt, self.tol, self.max_sweeps)
 
 
@@ -161,7 +164,7 @@ class _OfOutputs:
             return None
         return (
             "needs a divergence of the output (natural gradient), got "
-            f"{type(divergence).__name__}; the routes 'dare' and 'krylov' take it"
+            f"{type(divergence).__name__}; the routes 'dare', 'cyclic' and 'krylov' take it"
         )
 
 

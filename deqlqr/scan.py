@@ -10,6 +10,7 @@ linear quadratic control, IEEE Trans. Automat. Control 68(2), arXiv:2104.03186.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Chain:
         self._levels = [list(maps)]
         while len(level := self._levels[-1]) > 1:
             pairs = [(*a, *b) for a, b in zip(level[::2], level[1::2], strict=False)]
-            merged = in_groups(lambda *both: compose(*_halves(both)), pairs)
+            merged = in_groups(lambda *both: compose(*map(tuple, halves(both))), pairs)
             self._levels.append(merged + level[2 * len(pairs) :])
 
     @property
@@ -71,6 +72,12 @@ def in_groups(function: Callable[..., Map], items: Sequence[Map]) -> list[Map]:
     return results
 
 
-def _halves(tensors: Map) -> tuple[Map, Map]:
+def following(values: Sequence[Any]) -> list[Any]:
+    """Return what belongs to the phase that follows each, around the cycle."""
+    return [*values[1:], values[0]]
+
+
+def halves(tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return the first and the second half."""
     middle = len(tensors) // 2
     return tensors[:middle], tensors[middle:]

@@ -153,7 +153,7 @@ def by_value_iteration(
     for sweep in range(max_sweeps):
         swept = [last]
         for dare in reversed(phases):
-            swept.insert(0, backward(dare, swept[0]))
+            swept.insert(0, value_step(dare, swept[0]))
         take, (*swept, _) = running[..., None, None], swept
         P = [torch.where(take, new, old) for new, old in zip(swept, P or swept, strict=True)]
         change, size = norm(P[0] - last), norm(P[0])
@@ -167,7 +167,7 @@ def by_value_iteration(
     return judge(cycle, P, sweeps, torch.where(overflow, DareResult.NONE, 0).long(), rtol)
 
 
-def backward(dare: Dare, P_next: Tensor) -> Tensor:
+def value_step(dare: Dare, P_next: Tensor) -> Tensor:
     """Return P at the start of a phase from P+ at its end, by (R1)."""
     gain = DirectGain.of(dare, P_next)
     return sym(dare.A.mT @ P_next @ dare.A + dare.Q - gain.mixed.mT @ gain.K)

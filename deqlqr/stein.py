@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deqlqr._checks import one_forward_level, phase_count
 from deqlqr._linalg import batch_first, is_finite, norm, relative, zeros_if_none
-from deqlqr.scan import Chain, in_groups
+from deqlqr.scan import Chain, following, halves, in_groups
 from deqlqr.solution import ConvergenceError, SteinResult, describe_failures
 
 
@@ -185,7 +185,7 @@ class _Stein(torch.autograd.Function):
     @staticmethod
     def forward(max_steps: int, throw: bool, *matrices: Tensor) -> tuple[Tensor, ...]:
         # Raised here: under torch.vmap only this sees which elements failed.
-        A, Q = _halves(matrices)
+        A, Q = halves(matrices)
         found = _solve(A, Q, max_steps)
         if throw:
             CyclicSteinSolution(*found).raise_if_failed()
@@ -194,7 +194,7 @@ class _Stein(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.max_steps, _, *matrices = inputs
-        A, _ = _halves(matrices)
+        A, _ = halves(matrices)
         *X, residual, iterations, result = output
         ctx.mark_non_differentiable(residual, iterations, result)
         ctx.set_materialize_grads(False)
@@ -203,7 +203,7 @@ class _Stein(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
-        A, X = _halves(ctx.saved_tensors)
+        A, X = halves(ctx.saved_tensors)
         p = len(A)
         if all(X_bar is None for X_bar in cotangents[:p]):
             return (None,) * (2 + 2 * p)
@@ -211,16 +211,16 @@ class _Stein(torch.autograd.Function):
         Y = cotangent_of(A, X_bar, ctx.max_steps)  # (S4)
         A_bar = [
             ahead.mT @ a @ y + ahead @ a @ y.mT if ctx.needs_input_grad[2 + k] else None
-            for k, (a, y, ahead) in enumerate(zip(A, Y, [*X[1:], X[0]], strict=True))
+            for k, (a, y, ahead) in enumerate(zip(A, Y, following(X), strict=True))
         ]
         return None, None, *A_bar, *Y
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple:
-        A, X = _halves(ctx.saved_tensors)
-        dA, dQ = _halves(tangents[2:])
+        A, X = halves(ctx.saved_tensors)
+        dA, dQ = halves(tangents[2:])
         right = []
-        for k, (a, ahead) in enumerate(zip(A, [*X[1:], X[0]], strict=True)):
+        for k, (a, ahead) in enumerate(zip(A, following(X), strict=True)):
             drive = zeros_if_none(dQ[k], X[k])
             if (da := dA[k]) is not None:
                 drive = drive + da.mT @ ahead @ a + a.mT @ ahead @ da
@@ -245,11 +245,6 @@ def cotangent_of(A: Sequence[Tensor], X_bar: Sequence[Tensor], max_steps: int) -
     return [Y[k] for k in order]
 
 
-def _halves(tensors: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    middle = len(tensors) // 2
-    return tensors[:middle], tensors[middle:]
-
-
 def _composed(first: tuple[Tensor, ...], then: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Return the equation (S5) of two neighbours."""
     (A, Q), (A_next, Q_next) = first, then
@@ -267,7 +262,7 @@ def _solve(
     first, iterations, result = _square(whole, gathered, max_steps)
     ends = chain.ends(first, lambda link, X: link[1] + link[0].mT @ X @ link[0])
     X = [ends[(k - start - 1) % p] for k in range(p)]
-    errors = in_groups(_error, list(zip(A, Q, X, [*X[1:], X[0]], strict=True)))
+    errors = in_groups(_error, list(zip(A, Q, X, following(X), strict=True)))
     residual, given, sound = (torch.stack(parts) for parts in zip(*errors, strict=True))
     finite = given.all(0) & (sound.all(0) | (result != SteinResult.SOLVED))
     result = torch.where(finite, result, SteinResult.NON_FINITE)

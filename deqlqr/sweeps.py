@@ -1,10 +1,10 @@
 """Sweeps over phases with a choice of inverse and of damping, layer by layer.
 
-    (V4)  delta_k = max(least, margin rho_k),   rho_k = rho(R_k + B_k'P_{k+1}B_k)
+    (V4)  delta_k = max(least, margin rho_k),   rho_k = rho(R_k) + rho(B_k'P_{k+1}B_k)
 
 Sweeps around a cycle are value iteration: P_k grows from 0 to the stabilising solution, and with it
-delta_k. Over an open chain one sweep is the finite horizon's recursion. See `backward` (V1) and
-`layer_inverse` (V2), (V3).
+delta_k. Over an open chain one sweep is the finite horizon's recursion. See `backward_sweep` (V1)
+and `layer_inverse` (V2), (V3).
 
 Source: thesis section 5.1.
 """
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from deqlqr._checks import Options, at_least, count
 from deqlqr._linalg import norm, sym
-from deqlqr.backward import Backward
+from deqlqr.backward_sweep import BackwardSweep
 from deqlqr.cyclic_lqr import CyclicLQR
 from deqlqr.cyclic_steady_state import worst_residual
 from deqlqr.layer_inverse import InverseLike, Phase, System, make_inverse
+from deqlqr.scan import following
 from deqlqr.spectral import spectral_radius
 
 _SETTLED = 1e-3  # relative change of a damping that is taken for none
@@ -69,7 +70,8 @@ class Swept:
         closed_loop_radius: Spectral radius of the closed loop around a cycle, `(*batch,)`.
         residual: Largest relative residual of the optimality conditions (C5), `(*batch,)`.
         sweeps: Sweeps taken.
-        converged: Whether P, and the damping, had settled, `(*batch,)`.
+        converged: Whether P, and the damping, had settled, and the closed loop is stable,
+            `(*batch,)`.
     """
 
     u: tuple[Tensor, ...]
@@ -123,13 +125,13 @@ def sweep_cycle(
         >>> swept.truncation.item() <= 2**-20
         True
     """
-    phases = _as_phases(problem)
+    phases = as_phases(problem)
     damping = _as_damping(damping, phases)
     at_least("tol", tol, 0.0, strict=True)
     count("max_sweeps", max_sweeps)
     like = phases[0].A
     tol = max(tol, 100 * torch.finfo(like.dtype).eps)
-    back = Backward(phases, make_inverse(inverse))
+    back = BackwardSweep(phases, make_inverse(inverse))
     P = torch.zeros_like(phases[0].Q) if P0 is None else sym(P0)
     least, deltas = list(damping), list(damping)
     margin = 0.0 if adapt is None else adapt.margin
@@ -156,22 +158,33 @@ def sweep_cycle(
             deltas, settled = new, settled | (near & ~torch.stack(moved).any(0))
         done = settled & (change <= tol * size)
         if adapt is not None and done.any():
-            raised, short = back.widened(_next(Ps), deltas, least, margin)
+            raised, short = back.widened(following(Ps), deltas, least, margin)
             deltas = [torch.where(done, r, d) for r, d in zip(raised, deltas, strict=True)]
             done = done & ~short
         hopeless = ~size.isfinite()
-        if adapt is None and sweeps & (sweeps - 1) == 0:
-            hopeless = hopeless | back.diverges(_next(Ps), deltas)
+        # From P = 0 on P grows, so that a series that diverges now does so to the end.
+        if adapt is None and P0 is None and sweeps & (sweeps - 1) == 0:
+            hopeless = hopeless | back.diverges(following(Ps), deltas)
         if bool((done | hopeless).all()):
             break
-    systems = [back.system(*of) for of in zip(range(len(phases)), _next(Ps), deltas, strict=True)]
+    systems = [
+        back.system(*of) for of in zip(range(len(phases)), following(Ps), deltas, strict=True)
+    ]
     whole = loops[0]
     for loop in loops[1:]:
         whole = loop @ whole
+    radius = spectral_radius(whole)
     lam = _costates(back, systems, loops)
     x = _states(back, systems, loops, lam)
     return _finished(
-        back, systems, Ps, (lam, _next(lam)), (x, _next(x)), sweeps, done, spectral_radius(whole)
+        back,
+        systems,
+        Ps,
+        (lam, following(lam)),
+        (x, following(x)),
+        sweeps,
+        done & (radius < 1),
+        radius,
     )
 
 
@@ -194,7 +207,8 @@ def sweep_chain(
         lam_end: Its linear cost, `(*batch, n)`.
         x0: First state, `(*batch, n)`; zero if `None`.
         inverse: `"exact"`, `"neumann"` or a `NeumannInverse`.
-        adapt: Damping by layer (V4); `None` keeps `damping`.
+        adapt: Damping by layer (V4), rho_k bounded by squaring; `refresh_every` is of no
+            consequence in a single sweep. `None` keeps `damping`.
 
     Returns:
         A `Swept`, with no closed loop around a cycle.
@@ -203,7 +217,7 @@ def sweep_chain(
         ValueError: If there is not one damping for each stage.
     """
     damping = _as_damping(damping, phases)
-    back = Backward(phases, make_inverse(inverse))
+    back = BackwardSweep(phases, make_inverse(inverse))
 
     def layer_damping(k: int, P_next: Tensor) -> Tensor:
         if adapt is None:
@@ -212,7 +226,10 @@ def sweep_chain(
 
     Ps, loops, deltas = back.sweep(P_end, layer_damping)
     ahead = [*Ps[1:], P_end]
-    systems = [back.system(*of) for of in zip(range(len(phases)), ahead, deltas, strict=True)]
+    systems = [
+        back.system(k, P_next, delta)
+        for k, (P_next, delta) in enumerate(zip(ahead, deltas, strict=True))
+    ]
     lam = [lam_end[..., None]]
     for system, A_cl in zip(reversed(systems), reversed(loops), strict=True):
         lam.insert(0, A_cl.mT @ lam[0] + back.linear(system))
@@ -224,7 +241,8 @@ def sweep_chain(
     return _finished(back, systems, Ps, (lam[:-1], lam[1:]), (x[:-1], x[1:]), 1, done, None)
 
 
-def _as_phases(problem: CyclicLQR | Sequence[Phase]) -> Sequence[Phase]:
+def as_phases(problem: CyclicLQR | Sequence[Phase]) -> Sequence[Phase]:
+    """Return the phases of a problem, B and R among their matrices."""
     if not isinstance(problem, CyclicLQR):
         return problem
     rows = zip(
@@ -243,12 +261,7 @@ def _as_damping(damping: Damping, phases: Sequence[Phase]) -> list[Tensor]:
     return [number.expand(like.shape[:-2]) for number in numbers]
 
 
-def _next(values: Sequence[Tensor]) -> list[Tensor]:
-    """Return what belongs to the phase that follows each, around the cycle."""
-    return [*values[1:], values[0]]
-
-
-def _costates(back: Backward, systems: list[System], loops: list[Tensor]) -> list[Tensor]:
+def _costates(back: BackwardSweep, systems: list[System], loops: list[Tensor]) -> list[Tensor]:
     """Return lam_k of (C3) around the cycle."""
     p = len(loops)
     steps = [(A_cl.mT, back.linear(s)) for s, A_cl in zip(systems, loops, strict=True)]
@@ -257,11 +270,11 @@ def _costates(back: Backward, systems: list[System], loops: list[Tensor]) -> lis
 
 
 def _states(
-    back: Backward, systems: list[System], loops: list[Tensor], lam: list[Tensor]
+    back: BackwardSweep, systems: list[System], loops: list[Tensor], lam: list[Tensor]
 ) -> list[Tensor]:
     """Return x_k of (C4) around the cycle."""
     steps = []
-    for system, A_cl, lam_next in zip(systems, loops, _next(lam), strict=True):
+    for system, A_cl, lam_next in zip(systems, loops, following(lam), strict=True):
         at_rest = torch.zeros_like(system.phase.a)[..., None]
         u = back.control(system, lam_next, at_rest)
         steps.append((A_cl, system.phase.B.times(u)))
@@ -290,7 +303,7 @@ def _closed(steps: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 
 def _finished(
-    back: Backward,
+    back: BackwardSweep,
     systems: list[System],
     P: list[Tensor],
     costates: tuple[list[Tensor], list[Tensor]],

@@ -10,7 +10,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from math import cos, pi
+from math import cos, isnan, pi
 from pathlib import Path
 from typing import Any, Protocol, cast, get_args
 
@@ -53,7 +53,8 @@ class TrainConfig:
         minibatch: `"exact"` or `"per-sample"`, of the routes `"dare"` and `"cyclic"`.
         route: How the step is computed, one of `ROUTES`.
         inverse: Of the route `"cyclic"`: `"exact"` or `"neumann"`.
-        margin: Of the same: damping by layer with this margin (`LayerDamping`); `None` for none.
+        margin: Of the same: damping by layer with this margin (`LayerDamping`); `None` takes it
+            with the usual margin for `"neumann"`, else the one damping.
         momentum: See `ImplicitNGD`, like the next four.
         adaptive: See there. A step may not raise the loss then.
         acceleration: See there.
@@ -181,7 +182,7 @@ def _route(config: TrainConfig) -> Route:
         return Dare(minibatch)
     if config.route == "cyclic":
         adapt = None if config.margin is None else LayerDamping(config.margin)
-        return Cyclic(minibatch, make_inverse(config.inverse), adapt or "fixed")
+        return Cyclic(minibatch, make_inverse(config.inverse), adapt)
     return make_route(config.route)
 
 
@@ -425,6 +426,9 @@ class Trainer:
             for key in ("evaluations", "residual", "closed_loop_radius", "damping"):
                 line[key] = getattr(report, key)
             line["rejections"] = len(report.rejections)
+            if report.layer_damping is not None:
+                known = [None if isnan(delta) else delta for delta in report.layer_damping]
+                line |= {"layer_damping": known, "truncation": report.truncation}
         elif layer.solution is not None:
             line["evaluations"] = float(layer.solution.evaluations.double().mean())
             line["residual"] = float(layer.solution.residual.max())

@@ -403,6 +403,25 @@ def test_one_control_holds_two_states_that_grow_a_thousandfold_around_the_cycle(
     assert distance(solution.P, exact) < 1e-8
 
 
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+def test_many_controls_lose_no_digits_where_unstable_phases_multiply_up(m):
+    A = tuple(a * ONE for a in (1e4, 1e4, 1e4, 5e3, 1e-4, 0.01))
+    B = tuple(randn(1, m, seed=k) for k in range(6))
+    R = (torch.eye(m, dtype=torch.float64),) * 6
+    cycle = (A, B, (ONE,) * 6, R, tuple(0 * X.mT for X in B))
+    for method in ("doubling", "value-iteration"):
+        assert distance(solve(cycle, method=method).P, swept(cycle)) < 1e-11
+
+
+def test_a_failed_element_with_singular_costs_leaves_the_gradients_of_the_others():
+    A = torch.stack([ONE / 2, 2 * ONE]).requires_grad_()
+    B, none = torch.stack([ONE, 0 * ONE]), torch.zeros(2, 1, 1).double()
+    solution = solve_dare(A, B, torch.ones_like(none), none, throw=False)
+    (gradient,) = torch.autograd.grad(solution.K[0].sum(), A)
+    assert solution.stabilising.tolist() == [True, False]
+    assert gradient[0] == pytest.approx(1.0) and gradient[1] == 0
+
+
 @pytest.mark.parametrize("p", [2, 120])
 @pytest.mark.parametrize("eps, tolerance", [(1e-2, 1e-13), (1e-4, 1e-11), (1e-6, 1e-9)])
 def test_closed_loops_near_the_unit_circle(eps, tolerance, p):

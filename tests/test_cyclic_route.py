@@ -199,15 +199,14 @@ def test_the_report_has_truncation_and_damping_by_layer_on_this_route_alone():
 
 def test_a_series_that_diverges_is_a_rejection_and_more_damping_ends_it():
     model, x, y = problem("residual")
-    _, _, optimizer = trained(Cyclic(inverse="neumann"), model, x, y, steps=1, damping=0.05)
+    fixed = Cyclic(inverse="neumann", damping="fixed")
+    _, _, optimizer = trained(fixed, model, x, y, steps=1, damping=0.05)
     report = optimizer.last_step
     assert report.accepted and report.truncation < 1 and report.damping >= 0.5
     assert len(report.rejections) >= 1
     assert "Neumann series diverges: rho / delta = " in report.rejections[0]
     assert "in phase" in report.rejections[0]
-    _, _, optimizer = trained(
-        Cyclic(inverse="neumann"), model, x, y, steps=1, damping=0.05, max_rejections=0
-    )
+    _, _, optimizer = trained(fixed, model, x, y, steps=1, damping=0.05, max_rejections=0)
     assert not optimizer.last_step.accepted and optimizer.last_step.truncation >= 1
 
 
@@ -359,3 +358,18 @@ def test_an_option_that_does_not_exist_is_named_with_the_nearest():
         ):
             make(**{name: 3})
     assert Cyclic(inverse=ExactInverse()) == Cyclic(inverse=ExactInverse())
+
+
+def test_a_series_damps_by_layer_unless_told_otherwise():
+    model, x, y = problem("residual")
+    _, _, optimizer = trained(Cyclic(inverse="neumann"), model, x, y, steps=1, damping=1e-3)
+    report = optimizer.last_step
+    assert report.accepted and not report.rejections and report.truncation <= 2**-20
+
+
+def test_damping_by_layer_serves_an_indefinite_hessian_too():
+    model, x, y = problem("residual")
+    _, _, optimizer = trained(
+        Cyclic(damping="adaptive-layer"), model, x, y, steps=1, damping=0.1, divergence="newton"
+    )
+    assert max(optimizer.last_step.layer_damping) < 100

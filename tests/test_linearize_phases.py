@@ -379,8 +379,8 @@ O = torch.zeros(2, 2).double()
         ({"a": [O, O]}, r"a\[0\] must have shape \(2,\)"),
         ({"b": [O[0, :1].expand(3).float(), O[0, :1]]}, r"b\[0\] must be torch.float64"),
         ({"A": [O[:1], O]}, r"[AB]\[\d\] must have shape"),
-        ({"R": [O[0], O]}, r"R\[0\] must be a matrix"),
-        ({"B": [3.0, O]}, r"B\[0\] must be a matrix"),
+        ({"R": [O[0], O]}, r"R\[0\] must be a tensor"),
+        ({"B": [3.0, O]}, r"B\[0\] must be a tensor"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(changes, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deqlqr import DEQ, ConvBlock, DenseBlock, linearize
+from deqlqr import DEQ, ConvBlock, DenseBlock, check_equivalence, linearize
 from deqlqr.phases import LayerPhases, phases_of
 
 from .problems import Cell, exact, randn
@@ -265,7 +265,7 @@ def two():
         (Masked(*two()), "phases of Masked, one after the other, must give"),
         (Indexed(*two()), "Indexed"),
         (Listed(), "Listed"),
-        (Wrong(lambda phases: []), "Wrong.phases returned no phase"),
+        (Wrong(lambda phases: []), "Wrong.phases must return a list of at least one"),
         (Wrong(lambda phases: phases[:2]), "phases of Wrong must end in the shape of"),
         (Wrong(lambda phases: phases[:1]), "phases of Wrong must end in the shape of"),
         (
@@ -276,8 +276,8 @@ def two():
             Wrong(lambda phases: [*phases, lambda z: z[:, :3]]),
             r"end in the shape of f\(z, x\), \(\(4,\),\); got \(\(3,\),\)",
         ),
-        (Wrong(lambda phases: [lambda z: None, *phases]), "state of phase 1 of the block must be"),
-        (Wrong(lambda phases: [lambda z: [z], *phases]), "state of phase 1 of the block must be"),
+        (Wrong(lambda phases: [lambda z: None, *phases]), "state of phase 1 of Wrong must be"),
+        (Wrong(lambda phases: [lambda z: [z], *phases]), "state of phase 1 of Wrong must be"),
         (
             Wrong(lambda phases: [*phases, lambda z: "z"]),
             r"f\(z, x\) by the block's phases must be",
@@ -295,3 +295,46 @@ def test_what_is_no_chain_of_phases_is_refused_by_name(block, message):
 def test_an_empty_sequential_has_no_phases():
     with pytest.raises(ValueError, match="block Sequential has no phases"):
         phases_of(nn.Sequential(), randn(3, 4), (), {})
+
+
+class Detached(nn.Module):
+    """Phases with the value of the block and another derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 4)
+
+    def phases(self, x):
+        return [lambda z: torch.tanh(self.first(z)).detach(), lambda s: 0.3 * self.second(s) + x]
+
+    def forward(self, z, x):
+        return 0.3 * self.second(torch.tanh(self.first(z))) + x
+
+
+class Halved(Detached):
+    """Phases with another value."""
+
+    def phases(self, x):
+        return [lambda z: torch.tanh(self.first(z)), lambda s: 0.15 * self.second(s) + x]
+
+
+def test_phases_with_another_derivative_are_refused():
+    model = exact(nn.Sequential(nn.Linear(6, 4), DEQ(Detached()), nn.Linear(4, 3)))
+    with pytest.raises(ValueError, match="phases of Detached have another derivative"):
+        linearize(model, randn(3, 6), torch.tensor([0, 1, 2]), cyclic=True)
+
+
+def test_the_check_fails_on_wrong_phases_and_skips_where_there_are_none():
+    x, y = randn(3, 6), torch.tensor([0, 1, 2])
+    around = lambda block: exact(nn.Sequential(nn.Linear(6, 4), DEQ(block), nn.Linear(4, 3)))
+    report = check_equivalence(around(Halved()), x, y)
+    (failed,) = [row for row in report.rows if row.passed is False]
+    assert "phases of Halved, one after the other, must give" in failed.note
+    report = check_equivalence(around(Cell(4)), x, y)
+    skipped = [row for row in report.rows if row.passed is None]
+    assert report.passed and [row.note for row in skipped] == ["the block Cell has no phases"]
+
+
+def test_a_plain_sequential_is_refused_with_what_to_write_instead():
+    with pytest.raises(ValueError, match="subclass it with def forward"):
+        DEQ(nn.Sequential(nn.Linear(3, 3)))

@@ -15,7 +15,7 @@ from deqlqr.input_map import StoredMap
 from deqlqr.layer_inverse import ExactInverse, Phase, System, make_inverse
 from deqlqr.linearize_phases import linearize_phases
 from deqlqr.loss import make_loss
-from deqlqr.sweeps import sweep_chain, sweep_cycle
+from deqlqr.sweeps import as_phases, sweep_chain, sweep_cycle
 
 from .problems import make_lqr, randn, relative
 from .test_linearize_phases import COMPARED, kkt, problem, random_problem
@@ -355,16 +355,20 @@ def test_a_long_chain_of_rounds_has_the_P_of_the_cycle():
 MAPPED = ["dense", "conv", "residual", "shared weight", "both", "frozen", "tuple"]
 
 
+def both_ways(model, x, y, minibatch):
+    """The phases with B stored, and with B by its products."""
+    loss = make_loss("cross_entropy")
+    stored, products = (
+        linearize_phases(model, x, y, loss, CategoricalKL(), stored=flag) for flag in (True, False)
+    )
+    lqr = stored.lqr(minibatch, torch.float64)
+    return lqr, as_phases(lqr), products.by_products(minibatch, torch.float64)
+
+
 @minibatches
 @pytest.mark.parametrize("name", MAPPED)
 def test_products_with_B_are_those_of_the_stored_matrix(name, minibatch):
-    model, x, y = problem(name)
-    stored, products = (
-        linearize_phases(
-            model, x, y, make_loss("cross_entropy"), CategoricalKL(), stored=flag
-        ).phases(minibatch, torch.float64)
-        for flag in (True, False)
-    )
+    _, stored, products = both_ways(*problem(name), minibatch)
     for k, (one, other) in enumerate(zip(stored, products, strict=True)):
         B, map_ = one.B.B, other.B
         batch = B.shape[:-2]
@@ -381,24 +385,15 @@ def test_products_with_B_are_those_of_the_stored_matrix(name, minibatch):
 def test_no_graph_hangs_on_what_is_known_by_products():
     model, x, y = problem("residual")
     local = linearize_phases(model, x, y, make_loss("cross_entropy"), CategoricalKL(), stored=False)
-    for phase in local.phases("exact", torch.float64):
+    for phase in local.by_products("exact", torch.float64):
         found = (phase.A, phase.Q, phase.M, phase.a, phase.b, phase.R.block, phase.B.gram())
         assert not any(X.requires_grad for X in found)
 
 
 @minibatches
 def test_a_model_is_solved_by_products_as_with_its_matrices(minibatch):
-    model, x, y = problem("both")
-    local = [
-        linearize_phases(model, x, y, make_loss("cross_entropy"), CategoricalKL(), stored=flag)
-        for flag in (True, False)
-    ]
-    us = []
-    for one in local:
-        found = one.phases(minibatch, torch.float64)
-        least = [found[0].A.new_full(found[0].A.shape[:-2], 0.1)] * len(found)
-        us.append(torch.cat(sweep_cycle(found, least).u, dim=-1))
-    lqr = local[0].exact() if minibatch == "exact" else local[0].per_sample()
+    lqr, *ways = both_ways(*problem("both"), minibatch)
+    us = [torch.cat(sweep_cycle(phases, 0.1).u, dim=-1) for phases in ways]
     exact = torch.cat(cyclic_steady_state(lqr.damped(0.1)).u, dim=-1)
     assert relative(us[0], exact) < 1e-9 and relative(us[1], exact) < 1e-9
 
@@ -409,3 +404,11 @@ def test_inverses_have_names():
     for bad in ("newman", 3, None):
         with pytest.raises(ValueError, match="inverse must be"):
             make_inverse(bad)
+
+
+def test_sweeps_that_settle_on_an_unstable_loop_have_not_converged():
+    A, one = torch.diag(torch.tensor([1.5, 0.5])).double(), torch.ones(2, 1).double()
+    B, Q = one * torch.tensor([[0.0], [1.0]]), torch.diag(torch.tensor([0.0, 1.0])).double()
+    phase = Phase.of(A, B, Q, one[:1] * 0, one.mT * 0, one[:, 0], one[:1, 0] * 0)
+    swept = sweep_cycle([phase], 0.1)
+    assert not swept.converged and swept.closed_loop_radius >= 1.5 - 1e-9

@@ -3,7 +3,7 @@
     (V1)  K = (delta I + R + B'P+B)^-1 (M + B'P+A),   A_cl = A - B K,
           P = Q + A'P+A - (M + B'P+A)' K
 
-and what is asked of a sweep: rho_k = rho(R_k + B_k'P_{k+1}B_k), costs and controls.
+and what is asked of a sweep: a bound on rho(R_k + B_k'P_{k+1}B_k), costs and controls.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from deqlqr._linalg import norm, sym
-from deqlqr.layer_inverse import Inverse, Phase, System
+from deqlqr.layer_inverse import ExactInverse, Inverse, Phase, System
 from deqlqr.spectral import spectral_radius
 
 _POWER_STEPS = 8  # of a look; the vector is kept from one look to the next
 _SPARE = 1e-3  # by which a damping that has lost its margin is raised further
 
 
-class Backward:
+class BackwardSweep:
     """One sweep against the sense of the phases, from P at the end to P at the start."""
 
     def __init__(self, phases: Sequence[Phase], inverse: Inverse) -> None:
@@ -68,7 +68,9 @@ class Backward:
         return raised, torch.stack(short).any(0)
 
     def diverges(self, P_next: list[Tensor], deltas: list[Tensor]) -> Tensor:
-        """Return where a series diverges, as it will for the larger P of later sweeps too."""
+        """Return where a series diverges."""
+        if isinstance(self.inverse, ExactInverse):
+            return torch.zeros_like(deltas[0], dtype=torch.bool)
         bounds = [
             self.inverse.truncation(self.radius(k, P), delta)
             for k, (P, delta) in enumerate(zip(P_next, deltas, strict=True))
@@ -81,23 +83,24 @@ class Backward:
         return System(self.phases[k], P_next, delta, BBP)
 
     def estimate(self, k: int, P_next: Tensor) -> Tensor:
-        """Return the spectral radius of R + B'P+B by power iteration, from below.
+        """Return rho(R) + rho(B'P+B), the second by power iteration, from below.
 
-        The Rayleigh quotient of P+^(1/2) B B' P+^(1/2); the vector is kept for the next sweep.
+        The Rayleigh quotient of (B B')^(1/2) P+ (B B')^(1/2), for a P+ of any sign; the vector is
+        kept for the next sweep.
         """
         v, gram, tiny = self._vectors[k], self._grams[k], torch.finfo(P_next.dtype).tiny
         rho = torch.zeros_like(v[..., 0, 0])
         for _ in range(_POWER_STEPS):
-            Pv = P_next @ v
-            w = gram @ Pv
-            rho = (w.mT @ Pv)[..., 0, 0] / (v.mT @ Pv)[..., 0, 0].clamp(min=tiny)
+            Gv = gram @ v
+            w = P_next @ Gv
+            rho = (Gv.mT @ w)[..., 0, 0].abs() / (v.mT @ Gv)[..., 0, 0].clamp(min=tiny)
             v = w / norm(w).clamp(min=tiny)[..., None, None]
         dead = (norm(v) == 0)[..., None, None]  # P+ = 0, in the first sweep
         self._vectors[k] = torch.where(dead, self._vectors[k], v)
         return rho + self._R_radius[k]
 
     def radius(self, k: int, P_next: Tensor) -> Tensor:
-        """Return a bound on the spectral radius of R + B'P+B, from above."""
+        """Return a bound on the spectral radius of R + B'P+B: that of R plus that of B'P+B."""
         rho = spectral_radius(self._grams[k] @ P_next) + self._R_radius[k]
         return torch.nan_to_num(rho, nan=float("inf"))
 
