@@ -114,6 +114,8 @@ class Cycle:
 
     def reduce(self, by_group: Iterable[Tensor], how: Callable[..., Tensor]) -> Tensor:
         """Return a number of every phase, reduced to one for each element of the batch."""
+        if len(self.sizes) == 1:
+            return next(iter(by_group))
         dim = -1 - len(self.batch)
         return how(torch.cat([X if X.dim() > len(self.batch) else X[None] for X in by_group]), dim)
 
@@ -174,7 +176,7 @@ def certify(
     result = torch.where(solves & (bound < 1 - edge), DareResult.STABILISING, result)
     if not residual.isfinite().all():  # what is not finite in the equation is not in its residual
         result = torch.where(cycle.is_finite(), result, DareResult.NON_FINITE)
-    whole = loop * log_scale.exp()[..., None, None]
+    whole = loop if len(A_cl) == 1 else loop * log_scale.exp()[..., None, None]
     return Certificate(A_cl, defect, whole, radius, residual, result)
 
 

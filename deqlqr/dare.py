@@ -226,11 +226,11 @@ def error_of(dare: Dare, P: Tensor, P_next: Tensor, gain: Gain) -> Error:
     BPA, RK, MK = B.mT @ PA, R @ K, times(K.mT, M).mT
     mixed = _mixed_size(dare, P_next, gain, MK, A_cl) if gain.mixed is None else norm(gain.mixed)
     # Where a large P+ comes down to a small P, no large terms cancel in this form of (R1).
-    terms = (A_cl.mT @ PA, K.mT @ RK, Q, -MK, -MK.mT, -P)
+    APA, KRK = A_cl.mT @ PA, K.mT @ RK
     scale = torch.stack([norm(RK), norm(M), norm(BPA), mixed]).amax(0)
     gain_error = norm(RK - M - BPA) / scale.clamp(min=torch.finfo(P.dtype).tiny)
-    defect = sum(terms[1:], terms[0])
-    residual = torch.maximum(relative(defect, *terms), gain_error)
+    defect = APA + KRK + Q - (MK + MK.mT) - P
+    residual = torch.maximum(relative(defect, APA, KRK, Q, MK, P), gain_error)
     return Error(A_cl, defect, residual)
 
 

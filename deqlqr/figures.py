@@ -93,6 +93,8 @@ def plot_seeds(
     figure = Figure(figsize=(5 * len(panels), 4.8), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for number, (axis, (name, curves)) in enumerate(zip(axes, panels.items(), strict=True)):
+        # Curves that may coincide: the first wide, the next narrow on top of it.
+        wide = [1.0, 5.0] * len(curves)
         for curve, seeds in curves.items():
             by_step: dict[int, list[float]] = {}
             for lines in seeds:
@@ -102,9 +104,11 @@ def plot_seeds(
             # Where a seed has failed the curve ends: a mean of the others would flatter it.
             steps = sorted(step for step, found in by_step.items() if len(found) == len(seeds))
             values = [by_step[step] for step in steps]
-            style = "--" if curve.startswith("fixed") else "-"
+            style, width = ("--", 1.5) if curve.startswith("fixed") else ("-", wide.pop())
             means = [sum(v) / len(v) for v in values]
-            (drawn,) = axis.plot(steps, means, style, label=None if number else curve)
+            (drawn,) = axis.plot(
+                steps, means, style, linewidth=width, label=None if number else curve
+            )
             axis.fill_between(
                 steps, [min(v) for v in values], [max(v) for v in values],
                 color=drawn.get_color(), alpha=0.12, linewidth=0,

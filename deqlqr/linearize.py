@@ -52,6 +52,7 @@ def linearize(
         ConvergenceError: If a sample has no fixed point.
 
     Example:
+        >>> import torch
         >>> from deqlqr import DEQ, DenseBlock, steady_state
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(DEQ(DenseBlock(4)), nn.Linear(4, 3))

@@ -6,6 +6,8 @@ are controls of the one LQR. `check_equivalence` works in float64 on a copy of t
 Run: python examples/check_equivalence.py
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +21,17 @@ class GatedBlock(nn.Module):
         super().__init__()
         self.W, self.V = nn.Linear(states, states), nn.Linear(states, states)
 
+    def phases(self, x: Tensor) -> list[Callable]:
+        """Return the block's layers: optional, for the cyclic LQR's row of the table."""
+        candidate = lambda z: (torch.tanh(self.W(z) + x), z)
+        gate = lambda state: state[0] * torch.sigmoid(self.V(state[1]))
+        return [candidate, gate]
+
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         """Return f(z, x), of the shape of z."""
-        return torch.tanh(self.W(z) + x) * torch.sigmoid(self.V(z))
+        for phase in self.phases(x):
+            z = phase(z)
+        return z
 
 
 torch.manual_seed(0)
