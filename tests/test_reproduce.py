@@ -1,8 +1,9 @@
-"""Figure 4.1: its runs, what it writes, that finished runs are kept, the numbers of its line."""
+"""Figures 4.1 and 5.1: their runs, what is written, that finished runs are kept, the numbers."""
 
 import json
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ import pytest
 from torch import Tensor
 
 from deqlqr.metrics import read_metrics
-from deqlqr.reproduce import GD_BUDGET, TARGET, _summary, _verdict, fig4_1_configs, reproduce
+from deqlqr.reproduce import (
+    GD_BUDGET,
+    TARGET,
+    _summary,
+    _verdict,
+    fig4_1_configs,
+    fig5_1_configs,
+    reproduce,
+)
 from deqlqr.solution import ConvergenceError
 from deqlqr.training import METRICS, Trainer
 
@@ -174,3 +183,46 @@ def test_an_interrupted_figure_goes_on_where_it_stopped(
     assert taken == ["ingd"] * 3 + ["gd"] * 3 * GD_BUDGET
     last = {read_metrics(path)[-1]["step"] for path in tmp_path.glob(f"*/{METRICS}")}
     assert last == {3, 3 * GD_BUDGET}
+
+
+def short_figure_5_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deqlqr.reproduce.STEP_LENGTHS", (0.1,))
+    monkeypatch.setattr("deqlqr.reproduce.DAMPING_GRID", (0.1,))
+    monkeypatch.setattr("deqlqr.reproduce.SEEDS", (0,))
+    monkeypatch.setattr("deqlqr.reproduce.SMALL_BATCH", 2)
+
+
+def test_the_runs_of_figure_5_1_differ_in_nothing_but_the_damping() -> None:
+    groups = fig5_1_configs(Path("x"), 7)
+    for (lr, name), configs in groups.items():
+        assert [c.seed for c in configs] == [0, 1, 2] and {c.lr for c in configs} == {lr}
+        kind = ("cyclic", False) if name.startswith("damping by layer") else ("dare", True)
+        assert all((c.route, c.margin is None) == kind for c in configs)
+        assert all((c.inverse == "neumann") == name.endswith("Neumann series") for c in configs)
+    free = {"lr", "seed", "damping", "route", "margin", "inverse"}
+    every = [asdict(config) for configs in groups.values() for config in configs]
+    shared = [{k: v for k, v in config.items() if k not in free} for config in every]
+    assert all(one == shared[0] for one in shared) and shared[0]["max_steps"] == 7
+
+
+@pytest.mark.mnist
+def test_figure_5_1_writes_figure_numbers_and_table_and_names_what_fails(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_figure_5_1(monkeypatch)
+    step = Trainer._train_step
+
+    def failing(self: Trainer, samples: Tensor, total: int) -> float:
+        if self.config.route == "dare":
+            raise ConvergenceError("no fixed point")
+        return step(self, samples, total)
+
+    monkeypatch.setattr(Trainer, "_train_step", failing)
+    line = reproduce("fig5.1-deq", root, tmp_path, 2)
+    assert "damping by layer, Neumann series" in line
+    content = json.loads((tmp_path / "fig5.1.json").read_text())
+    fixed, exact, series = content["rows"]
+    assert fixed["failures"] == ["no fixed point"] and fixed["seconds_per_step"] is None
+    assert exact["accuracy"] == series["accuracy"] and exact["seconds_per_step"] > 0
+    assert len((tmp_path / "fig5.1.md").read_text().splitlines()) == 2 + 3
+    assert matplotlib.image.imread(tmp_path / "fig5.1.png").std() > 0.01
