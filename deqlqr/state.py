@@ -68,8 +68,9 @@ class StateShape:
         if self.single:
             return flat.reshape(flat.shape[0], *self.shapes[0])
         parts = flat.split([math.prod(shape) for shape in self.shapes], dim=1)
+        # Contiguous: torch 2.6 has norms that refuse a view of columns under torch.vmap.
         return tuple(
-            part.reshape(flat.shape[0], *shape)
+            part.reshape(flat.shape[0], *shape).clone(memory_format=torch.contiguous_format)
             for part, shape in zip(parts, self.shapes, strict=True)
         )
 
