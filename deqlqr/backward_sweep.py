@@ -104,6 +104,11 @@ class BackwardSweep:
         rho = spectral_radius(self._grams[k] @ P_next) + self._R_radius[k]
         return torch.nan_to_num(rho, nan=float("inf"))
 
+    def systems(self, P_next: Sequence[Tensor], deltas: Sequence[Tensor]) -> list[System]:
+        """Return what every phase inverts."""
+        pairs = enumerate(zip(P_next, deltas, strict=True))
+        return [self.system(k, P, delta) for k, (P, delta) in pairs]
+
     def _step(self, system: System) -> tuple[Tensor, Tensor]:
         """Return P and the closed loop."""
         phase = system.phase

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from deqlqr._linalg import identity_like
-from deqlqr.controls import Controls
-from deqlqr.deq import DEQ, Tap, find_deq
+from deqlqr.deq import Tap
 from deqlqr.input_cost import InputCost
-from deqlqr.linearize_samples import check_input, hessian_terms, require_mean, sample_by_sample
+from deqlqr.linearize_samples import hessian_terms, require_mean, sample_by_sample, solved
 from deqlqr.loss import Loss
 from deqlqr.phases import Phased, PhaseMap, phases_of
 from deqlqr.state import StateShape
@@ -128,21 +127,19 @@ class Layers:
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.model, self.x = model, x
-        self.block_layer: DEQ = find_deq(model)
-        self.controls = Controls(model)
-        check_input(x, self.controls)
-        with torch.no_grad():
-            self.outputs = model(x)
-        if self.block_layer.solution is None:
-            raise ValueError("model did not call its DEQ layer.")
-        self.solution = self.block_layer.solution.raise_if_failed("fixed point of the block")
+        self.block_layer, self.controls, self.outputs, self.solution = solved(model, x)
         shape = StateShape.of(self.solution.value)
         with torch.enable_grad():
             z = shape.flatten(self.solution.value).detach().requires_grad_()
             tap = _Chain(shape.unflatten(z))
             with self.block_layer.tapped(tap):
                 y = model(x)
-            self._z, self._fz = z, shape.flatten(tap.fz)
+            fz = shape.flatten(tap.fz)
+            # A random cotangent through the block, for `require_derivatives`; no graph is kept.
+            self._g = torch.randn(fz.shape, generator=torch.Generator().manual_seed(0)).to(fz)
+            (self._pulled,) = torch.autograd.grad(
+                fz, z, self._g, retain_graph=True, materialize_grads=True
+            )
         self._chain, self._shapes, self._states = tap.chain, tap.shapes, tap.states
         self._require_same(tap)
         self.sizes = [shape.size for shape in tap.shapes[:-1]]
@@ -174,11 +171,7 @@ class Layers:
         Raises:
             ValueError: If they differ, as with a phase that detaches.
         """
-        generator = torch.Generator().manual_seed(0)
-        g = torch.randn(self._fz.shape, generator=generator).to(self._fz)
-        (by_block,) = torch.autograd.grad(
-            self._fz, self._z, g, retain_graph=True, materialize_grads=True
-        )
+        g, by_block = self._g, self._pulled
         by_phases = g[..., None]
         for layer in reversed(layers):
             by_phases = layer.A.mT @ by_phases
@@ -209,13 +202,17 @@ class Layers:
 
     def readout(self, parameters: Sequence[int]) -> Layer:
         """Return the readout linearised in z and in some parameters."""
+        return self._linearized(self._read(parameters), self._states[0], parameters)
+
+    def _read(self, parameters: Sequence[int]) -> LocalPhase:
+        """Return (u, z, x) -> y for one sample: z is (n,), y (k,)."""
         part, shape = self.controls.part(parameters), self._shapes[0]
 
         def local(u: Tensor, z: Tensor, x: Tensor) -> Tensor:
             with self.block_layer.tapped(Tap(shape.unflatten(z[None]))):
                 return functional_call(self.model, part.unflatten(u), (x[None],)).reshape(-1)
 
-        return self._linearized(local, self._states[0], parameters)
+        return local
 
     def local(self, k: int, parameters: Sequence[int]) -> LocalPhase:
         """Return (u, s, x) -> s+ for one sample and layer k: s is (n,), s+ (n+,)."""
@@ -257,17 +254,13 @@ class Layers:
         """Return Q_k, M_k and R_k of the layers' Hamiltonians."""
         require_mean(loss, self.outputs, y)
         costates = _costates([layer.A for layer in layers], a)
-        part, zshape = self.controls.part(own[0]), self._shapes[0]
-        n = self.sizes[0]
+        local_y, n = self._read(own[0]), self.sizes[0]
 
         def read(v: Tensor, s: int) -> Tensor:
-            with self.block_layer.tapped(Tap(zshape.unflatten(v[None, :n]))):
-                out = functional_call(self.model, part.unflatten(v[n:]), (self.x[s : s + 1],))
-            return loss(out, y[s : s + 1])
+            return loss(local_y(v[n:], v[:n], self.x[s])[None], y[s : s + 1])
 
-        terms = [hessian_terms(read, self._points(0, part), n)]
+        terms = [hessian_terms(read, self._points(0, own[0]), n)]
         for k in range(1, len(self.used)):
-            layer_part = self.controls.part(own[k])
             local, size, p = self.local(k, own[k]), self.sizes[k - 1], costates[k]
 
             def hamiltonian(
@@ -275,14 +268,14 @@ class Layers:
             ) -> Tensor:
                 return local(v[size:], v[:size], self.x[s]) @ p[s]
 
-            terms.append(hessian_terms(hamiltonian, self._points(k - 1, layer_part), size))
+            terms.append(hessian_terms(hamiltonian, self._points(k - 1, own[k]), size))
         Q, M, R = map(list, zip(*terms, strict=True))
         return Q, M, R
 
-    def _points(self, k: int, part: Controls) -> Tensor:
+    def _points(self, k: int, parameters: Sequence[int]) -> Tensor:
         """Return (s, u) of every sample."""
-        states = self._states[k]
-        return torch.cat([states, part.vector.expand(len(states), -1)], dim=1)
+        states, u = self._states[k], self.controls.part(parameters).vector
+        return torch.cat([states, u.expand(len(states), -1)], dim=1)
 
 
 def _costates(A: Sequence[Tensor], a: Tensor) -> list[Tensor]:

@@ -135,13 +135,7 @@ def linearize_samples(
             sample has more than `max_states` states.
         ConvergenceError: If a sample has no fixed point.
     """
-    layer, controls = find_deq(model), Controls(model)
-    check_input(x, controls)
-    with torch.no_grad():
-        outputs = model(x)
-    if layer.solution is None:
-        raise ValueError("model did not call its DEQ layer.")
-    solution = layer.solution.raise_if_failed("fixed point of the block")
+    layer, controls, outputs, solution = solved(model, x)
     loss.check(outputs, y)
     state, u = StateShape.of(solution.value), controls.vector
     z, local = state.flatten(solution.value), _local_map(model, layer, controls, state)
@@ -161,6 +155,25 @@ def linearize_samples(
     b = torch.einsum("bk,bkm->bm", dJ, first.hu)
     Q, M, R = _quadratic_terms(local, first, u, z, x, y, a, loss, divergence)
     return Linearization(first.A, first.B, a, b, Q, M, R, cost.detach(), solution)
+
+
+def solved(model: nn.Module, x: Tensor) -> tuple[DEQ, Controls, Tensor, FixedPointSolution]:
+    """Solve a model's forward pass.
+
+    Returns:
+        Its layer, its controls, its outputs `(batch, k)`, and the fixed points.
+
+    Raises:
+        ValueError: If x does not fit, or the model has no DEQ layer, several, or does not call it.
+        ConvergenceError: If a sample has no fixed point.
+    """
+    layer, controls = find_deq(model), Controls(model)
+    check_input(x, controls)
+    with torch.no_grad():
+        outputs = model(x)
+    if layer.solution is None:
+        raise ValueError("model did not call its DEQ layer.")
+    return layer, controls, outputs, layer.solution.raise_if_failed("fixed point of the block")
 
 
 def sample_by_sample(function: Callable[..., Any], *batched: Tensor) -> Any:

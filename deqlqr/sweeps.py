@@ -167,9 +167,7 @@ def sweep_cycle(
             hopeless = hopeless | back.diverges(following(Ps), deltas)
         if bool((done | hopeless).all()):
             break
-    systems = [
-        back.system(*of) for of in zip(range(len(phases)), following(Ps), deltas, strict=True)
-    ]
+    systems = back.systems(following(Ps), deltas)
     whole = loops[0]
     for loop in loops[1:]:
         whole = loop @ whole
@@ -225,11 +223,7 @@ def sweep_chain(
         return torch.maximum(damping[k], adapt.margin * back.radius(k, P_next))
 
     Ps, loops, deltas = back.sweep(P_end, layer_damping)
-    ahead = [*Ps[1:], P_end]
-    systems = [
-        back.system(k, P_next, delta)
-        for k, (P_next, delta) in enumerate(zip(ahead, deltas, strict=True))
-    ]
+    systems = back.systems([*Ps[1:], P_end], deltas)
     lam = [lam_end[..., None]]
     for system, A_cl in zip(reversed(systems), reversed(loops), strict=True):
         lam.insert(0, A_cl.mT @ lam[0] + back.linear(system))
