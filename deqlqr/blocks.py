@@ -32,6 +32,9 @@ class DenseBlock(nn.Module):
         max_norm: Bound on ||W||_2, in (0, 1); `None` lifts it, and with it the guarantee.
         gain: Norm of the initial V, in (0, 1).
 
+    Attributes:
+        contraction: `max_norm`, the Lipschitz constant in z that holds whatever the parameters.
+
     Raises:
         ValueError: If an option is out of range.
 
@@ -56,6 +59,7 @@ class DenseBlock(nn.Module):
                 raise ValueError(f"{name} must lie in (0, 1), got {value}.")
         self.activation = choice("activation", activation, tuple(_ACTIVATIONS))
         self.state_size, self.input_size, self.max_norm = state_size, input_size, max_norm
+        self.contraction = max_norm
         self.state = nn.Linear(state_size, state_size)
         # Not orthogonal: equal singular values have no second derivative, which Newton needs.
         nn.init.normal_(self.state.weight)
@@ -119,6 +123,9 @@ class ConvBlock(nn.Module):
             it the guarantee.
         init_scale: Standard deviation of the initial convolution weights.
 
+    Attributes:
+        contraction: `max_lipschitz`, which holds whatever the parameters.
+
     Raises:
         ValueError: If an option is out of range or the groups do not divide the channels.
 
@@ -146,6 +153,7 @@ class ConvBlock(nn.Module):
         if max_lipschitz is not None and not 0 < max_lipschitz < 1:
             raise ValueError(f"max_lipschitz must lie in (0, 1), got {max_lipschitz}.")
         self.channels, self.max_lipschitz = channels, max_lipschitz
+        self.contraction = max_lipschitz
         self.conv1 = nn.Conv2d(channels, inner_channels, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(inner_channels, channels, 3, padding=1, bias=False)
         self.norm1 = nn.GroupNorm(inner_groups, inner_channels, eps=1.0)

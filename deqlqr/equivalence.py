@@ -284,21 +284,16 @@ class _Check:
         self, row: Callable[..., EquivalenceRow], divergence: OutputDivergence
     ) -> list[EquivalenceRow]:
         """Return the rows of the routes with a metric of their own, each beside it, explicit."""
-        names = "sampled outputs (W3)", "Kronecker factors (K5)"
-        try:
-            kron = self._local(Kronecker(), divergence)
-        except ValueError as error:  # a model that it has no blocks for
-            skip = lambda error=error: _raise(_Skip(str(error)))
-            products = row(names[1], "explicit Kronecker products, dense", skip, skip)
-        else:
-            assert isinstance(kron, KroneckerMetric)  # noqa: S101
-            explicit = lambda: self._damped(dense_metric(kron.factors))
-            products = row(
-                names[1], "explicit Kronecker products, dense", lambda: self._solved(kron), explicit
-            )
+        kron = self._local(Kronecker(), divergence)
+        assert isinstance(kron, KroneckerMetric)  # noqa: S101
         sampled = lambda: self._step_by(Sampled(), divergence)
         same = lambda: self._explicit_step(divergence, sampled=True)
-        return [row(names[0], "explicit metric of the same samples", sampled, same), products]
+        solved = lambda: self._solved(kron)
+        explicit = lambda: self._damped(dense_metric(kron.factors))
+        return [
+            row("sampled outputs (W3)", "explicit metric of the same samples", sampled, same),
+            row("Kronecker factors (K5)", "explicit Kronecker products, dense", solved, explicit),
+        ]
 
     def _local(self, route: Route, divergence: OutputDivergence) -> Local:
         at = Batch(self.model, self.controls, self.loss, [(self.x, self.y)])

@@ -19,7 +19,12 @@ parameters (a bound on a norm), which couple layers: with V = dr/du in the layer
 
     (K6)  S = E[ q q' ],  q = [c'dy/dw; c'dy/dr],    C = (K4) + T'S T,  T = [I on w; V]
 
-If w has many entries its block is the diagonal E[(c'dy/dw)^2]. A, G, S are moving averages.
+If w has many entries its block is the diagonal E[(c'dy/dw)^2]. A parameter V that enters through a
+tensor made from it (an orthogonal weight), or with its transpose, has its own rows D = c'dy/dV and
+
+    (K7)  G = E[ D D' ],   A = E[ D'D ] / tr G,
+
+which is (K4) where D is one g a'. A, G, S are moving averages.
 
 Source: J. Martens, R. Grosse (2015), arXiv:1503.05671; R. Grosse, J. Martens (2016),
 arXiv:1602.01407 (convolutions); T. George et al. (2018), arXiv:1806.03884 (corrected).
@@ -35,6 +40,7 @@ from torch import Tensor
 
 from deqlqr.controls import Controls
 from deqlqr.direction import Direction, expanded
+from deqlqr.rows import rows_of_uses
 from deqlqr.sensitivity import Sensitivity
 from deqlqr.sites import Member, Sites, numbers_of
 from deqlqr.solver import FixedPointSolution
@@ -229,7 +235,23 @@ class Factors:
                     site.outputs(found[i]) for site, i in zip(group, sites.places[key], strict=True)
                 ]
                 self._see_outputs(key, inputs[key], torch.cat(pieces, 1), share)
+            self._see_made(at, sites, found, share)
             self._see_rest(at, sites, found, share)
+
+    def _see_made(
+        self, at: Sensitivity, sites: Sites, found: Sequence[Tensor | None], share: float
+    ) -> None:
+        """Add to the blocks (K7)."""
+        for name, rows in rows_of_uses(at, sorted(sites.made), found).items():
+            member = Member.of(name, self._shapes)
+            D = rows.view(len(rows), -1, member.columns)
+            self._add(name, "G", (D @ D.mT).sum(0) * share)
+            self._add(name, "A", (D.mT @ D).sum(0) * share)
+            self._add(name, "trace", D.square().sum() * share)
+            state = self.memory.get(name, {})
+            if self.corrected and "U_A" in state:
+                turned = state["U_G"].mT @ D @ state["U_A"]
+                self._add(name, "s", turned.square().sum(0) * share)
 
     def _see_rest(
         self, at: Sensitivity, sites: Sites, found: Sequence[Tensor | None], share: float
@@ -286,8 +308,7 @@ class Factors:
         for state in self.memory.values():
             if "A" not in state:
                 continue
-            weight = float(state["weight"])
-            (l_A, U_A), (l_G, U_G) = (_eigen(state[name] / weight) for name in ("A", "G"))
+            (l_A, U_A), (l_G, U_G) = (_eigen(X) for X in _averages(state))
             defect = torch.maximum(_defect(U_A), _defect(U_G))
             looks = torch.ones((), dtype=torch.float64)
             state.update(U_A=U_A, U_G=U_G, s=l_G[:, None] * l_A, looks=looks, defect=defect)
@@ -296,6 +317,15 @@ class Factors:
         """Return s of (K5), or the diagonal of a parameter that is in no layer."""
         state = self.memory[key]
         return state["s"] if "s" in state else state["D"] / float(state["weight"])
+
+
+def _averages(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return A and G of a layer (K4), or of a parameter with rows of its own (K7)."""
+    weight = float(state["weight"])
+    A, G = state["A"] / weight, state["G"] / weight
+    if "trace" in state:
+        A = A / (state["trace"] / weight).clamp(min=torch.finfo(A.dtype).tiny)
+    return A, G
 
 
 def _names(key: str) -> list[str]:
@@ -311,14 +341,14 @@ def dense_metric(factors: Factors) -> Tensor:
     C = V.new_zeros(controls.m, controls.m)
     for block in factors.blocks():
         state = factors.memory["+".join(member.token for member in block.members)]
-        weight = float(state["weight"])
         if block.basis is None:
             place = numbers[block.members[0].name].reshape(-1)
-            C[place, place] += state["D"].reshape(-1) / weight
+            C[place, place] += state["D"].reshape(-1) / float(state["weight"])
         else:
             columns = [member.matrix(numbers[member.name]) for member in block.members]
             place = torch.cat(columns, dim=1).reshape(-1)
-            C[place[:, None], place] += torch.kron(state["G"] / weight, state["A"] / weight)
+            A, G = _averages(state)
+            C[place[:, None], place] += torch.kron(G, A)
     joint = factors.joint()
     if joint is not None:
         R, m = len(joint.places), controls.m

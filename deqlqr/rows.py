@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deqlqr.sensitivity import Sensitivity
-from deqlqr.uses import Linear, MatMul, leaves_of
+from deqlqr.uses import Linear, MatMul, Use, leaves_of
 
 FEW = 16  # entries up to which the Jacobian of a tensor made from parameters is formed
 
@@ -204,6 +204,37 @@ class Rows:
         return torch.cat([part.dense() for part in self.parts], dim=-1)
 
 
+def rows_of_uses(
+    at: Sensitivity, places: Sequence[int], found: Sequence[Tensor | None]
+) -> dict[str, Tensor]:
+    """Return what some uses bring to the rows of the parameters that they reach.
+
+    Args:
+        at: The model on a batch.
+        places: The numbers of the uses.
+        found: The cotangent of every use of the model.
+
+    Returns:
+        Rows `(batch, entries)` by the parameter's name.
+    """
+    direct: dict[int, Tensor] = {}
+    for i in places:
+        use, g = at.uses[i], found[i]
+        size = len(at.outputs), use.operand.numel()
+        part = at.outputs.new_zeros(size) if g is None else use.rows(g).reshape(size)
+        key = id(use.operand)
+        direct[key] = direct[key] + part if key in direct else part
+    derived = _Derived(at, [at.uses[i] for i in places])
+    chained = derived.chain({key: direct[key][:, None] for key in derived.operands})
+    total = {}
+    for name, p in zip(at.controls.names, at.controls.parameters, strict=True):
+        terms = [direct[id(p)]] if id(p) in direct else []
+        terms += [chained[id(p)][:, 0]] if id(p) in chained else []
+        if terms:
+            total[name] = sum(terms[1:], terms[0])
+    return total
+
+
 class _Plan:
     """Which uses bring the rows of which parameter.
 
@@ -219,7 +250,7 @@ class _Plan:
         for i, use in enumerate(at.uses):
             self.uses_of[id(use.operand)].append(i)
         direct = {id(p) for p in at.controls.parameters}
-        self.derived = _Derived(at, direct)
+        self.derived = _Derived(at, at.uses)
         self.alone: dict[int, Linear] = {}
         for key, (first, *others) in self.uses_of.items():
             use = self.uses[first]
@@ -246,10 +277,11 @@ class _Plan:
 class _Derived:
     """The tensors made from parameters that a model uses, and the chain rule through them."""
 
-    def __init__(self, at: Sensitivity, direct: set[int]) -> None:
+    def __init__(self, at: Sensitivity, uses: Sequence[Use]) -> None:
         self.parameters = at.controls.parameters
+        direct = {id(p) for p in self.parameters}
         self.operands: dict[int, Tensor] = {
-            id(use.operand): use.operand for use in at.uses if id(use.operand) not in direct
+            id(use.operand): use.operand for use in uses if id(use.operand) not in direct
         }
         self.reached: set[int] = set()
         for operand in self.operands.values():

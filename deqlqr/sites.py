@@ -1,7 +1,7 @@
 """Where a model's parameters act together: the layers of the Kronecker-factored metric."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,27 +93,30 @@ class Sites:
         places: For each layer the number of the use whose cotangent each site reads.
         rest: The uses of each other parameter, by name.
         numbers: The uses of the few numbers that are made from parameters.
-
-    Raises:
-        ValueError: If a parameter enters in another way.
+        made: The uses of parameters that enter, somewhere, through a tensor made from them that is
+            no multiple of one, or both as a weight and as its transpose.
     """
 
     def __init__(self, at: Sensitivity, found: Sequence[Tensor | None]) -> None:
         controls = at.controls
         self._names = {id(p): n for n, p in zip(controls.names, controls.parameters, strict=True)}
         self._shapes = dict(zip(controls.names, controls.shapes, strict=True))
+        self.numbers = numbers_of(at)
         owners = {i: self._owner(u) for i, u in enumerate(at.uses) if isinstance(u, Factored)}
-        often = Counter(name for name, _ in owners.values())
+        self.made = self._made(at.uses, owners)
+        owners = {i: owner for i, owner in owners.items() if i not in self.made}
+        often = Counter(owner[0] for owner in owners.values() if owner is not None)
         self.layers: dict[str, list[Site]] = defaultdict(list)
         self.places: dict[str, list[int]] = defaultdict(list)
-        taken: set[int] = set()
-        for met in _meeting(at.uses, found):
+        taken: set[int] = set(self.made)
+        known = {i: owner for i, owner in owners.items() if owner is not None}
+        for met in _meeting(at.uses, found, known):
             # A weight used at several sites has its layer to itself.
-            together = all(often[owners[i][0]] == 1 for i in met)
+            together = all(often[known[i][0]] == 1 for i in met)
             for group in [met] if together else [[i] for i in met]:
-                once = often[owners[group[0]][0]] == 1
+                once = often[known[group[0]][0]] == 1
                 biases = self._biases(at.uses, group) if once else []
-                self._add(at.uses, group, biases, owners)
+                self._add(at.uses, group, biases, known)
                 taken |= {*group, *biases}
         covered = {m.name for sites in self.layers.values() for m in sites[0].members}
         self.rest: dict[str, list[int]] = defaultdict(list)
@@ -121,8 +124,6 @@ class Sites:
             name = self._names.get(id(use.operand))
             if i not in taken and name is not None and name not in covered:
                 self.rest[name].append(i)
-        self.numbers = numbers_of(at)
-        self._require_all(at, covered | set(self.rest))
 
     def _add(
         self,
@@ -141,7 +142,7 @@ class Sites:
         self.layers[key].append(Site(members, tuple(times)))
         self.places[key].append(group[0])
 
-    def _owner(self, use: Use) -> tuple[str, float]:
+    def _owner(self, use: Use) -> tuple[str, float] | None:
         """Return the parameter that a weight is, or is a multiple of, and how many times."""
         if id(use.operand) in self._names:
             return self._names[id(use.operand)], 1.0
@@ -152,8 +153,35 @@ class Sites:
                 scale = float((W * V).sum() / V.square().sum().clamp(min=1e-30))
                 if float((W - scale * V).norm()) <= 1e-4 * float(W.norm()):
                     return self._names[id(leaf)], scale
-        names = sorted(self._names[id(v)] for v in leaves_of(use.operand) if id(v) in self._names)
-        raise _no_block(W, names)
+        return None
+
+    def _made(self, uses: Sequence[Use], owners: dict[int, tuple[str, float] | None]) -> set[int]:
+        """Return the uses of all parameters of which one use has no place in a layer."""
+        numbers = {i for places in self.numbers for i in places}
+        reached = {i: self._reached(use) for i, use in enumerate(uses) if i not in numbers}
+        ways: dict[str, set[bool]] = defaultdict(set)
+        for i, owner in owners.items():
+            if owner is not None:
+                ways[owner[0]].add(isinstance(uses[i], MatMul))
+        both = {name for name, found in ways.items() if len(found) > 1}
+        covered = set(ways)
+        made = {
+            i for i, names in reached.items()
+            if names & both or (id(uses[i].operand) not in self._names
+                                and (owners.get(i) is None or not names <= covered))
+        }  # fmt: skip
+        while True:
+            names = set().union(*(reached[i] for i in made))
+            more = {i for i in reached if reached[i] & names}
+            if more <= made:
+                return made
+            made |= more
+
+    def _reached(self, use: Use) -> set[str]:
+        """Return the parameters that an operand is, or is made from."""
+        if id(use.operand) in self._names:
+            return {self._names[id(use.operand)]}
+        return {self._names[id(v)] for v in leaves_of(use.operand) if id(v) in self._names}
 
     def _biases(self, uses: Sequence[Use], group: Sequence[int]) -> list[int]:
         edges = [uses[i].edge for i in group]
@@ -163,22 +191,14 @@ class Sites:
             and sum(other.operand is use.operand for other in uses) == 1
         ]  # fmt: skip
 
-    def _require_all(self, at: Sensitivity, covered: set[str]) -> None:
-        """Refuse a parameter, or a tensor made from parameters, that has no block."""
-        numbers = {i for places in self.numbers for i in places}
-        for i, use in enumerate(at.uses):
-            if id(use.operand) in self._names or i in numbers:
-                continue
-            names = sorted(self._names.get(id(leaf), "") for leaf in leaves_of(use.operand))
-            if not isinstance(use, Factored) or not set(filter(None, names)) <= covered:
-                raise _no_block(use.operand, names)
 
-
-def _meeting(uses: Sequence[Use], found: Sequence[Tensor | None]) -> list[list[int]]:
+def _meeting(
+    uses: Sequence[Use], found: Sequence[Tensor | None], among: Container[int]
+) -> list[list[int]]:
     """Return the uses of weights whose results are added: their cotangent is the same tensor."""
     grouped: dict[Any, list[int]] = defaultdict(list)
     for i, (use, g) in enumerate(zip(uses, found, strict=True)):
-        if isinstance(use, Factored) and g is not None:
+        if i in among and isinstance(use, Factored) and g is not None:
             grouped[g.data_ptr(), g.shape, g.stride()].append(i)
     return list(grouped.values())
 
@@ -192,10 +212,3 @@ def numbers_of(at: Sensitivity) -> list[list[int]]:
         if id(operand) not in own and not isinstance(use, Factored) and operand.numel() <= FEW:
             found[id(operand)].append(i)
     return list(found.values())
-
-
-def _no_block(operand: Tensor, names: Sequence[str]) -> ValueError:
-    return ValueError(
-        f"route='kronecker' has no block for a weight of shape {tuple(operand.shape)} made from "
-        f"{', '.join(filter(None, names))}: take route='sampled' or 'krylov'."
-    )

@@ -113,6 +113,23 @@ class Conv2d(Factored):
 
 
 @dataclass(frozen=True)
+class ConvTranspose2d(Use):
+    """A transposed convolution with one group; W (in, out, h, w) is the operand."""
+
+    a: Tensor
+    stride: Any
+    padding: Any
+    dilation: Any
+
+    def rows(self, g: Tensor) -> Tensor:
+        """Return a g' (U1), with g under the kernel at each position of a."""
+        size = self.operand.shape[2:]
+        under = F.unfold(g, size, self.dilation, self.padding, self.stride)
+        a = self.a.to(self.operand.dtype).flatten(2)
+        return (a @ under.mT).reshape(len(a), *self.operand.shape)
+
+
+@dataclass(frozen=True)
 class Scale(Use):
     """A norm's scale (U2); the operand has the shape of the dimensions from `axis` on, cut off."""
 
@@ -252,6 +269,19 @@ class Uses(TorchFunctionMode):
         window = a.detach(), stride, padding, dilation
         return self._affine(func, args, kwargs, a, bias, 1, Conv2d, W, *window)
 
+    def _conv_transpose2d(
+        self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]
+    ) -> Any:
+        a, W, bias, stride, padding, _, groups, dilation = _values(
+            args, kwargs, input=None, weight=None, bias=None, stride=1, padding=0,
+            output_padding=0, groups=1, dilation=1,
+        )  # fmt: skip
+        plain = self._is_data(a) and not self._is_data(W) and groups == 1
+        if not plain or a.dim() != 4:
+            return self._sample_by_sample(func, args, kwargs, operands)
+        about = a.detach(), stride, padding, dilation
+        return self._affine(func, args, kwargs, a, bias, 1, ConvTranspose2d, W, *about)
+
     def _group_norm(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
         a, groups, scale, shift, eps = _values(
             args, kwargs, input=None, num_groups=None, weight=None, bias=None, eps=1e-5
@@ -385,6 +415,7 @@ _RECORDERS: dict[str, Callable[..., Any]] = {
     "mm": Uses._matmul,
     "__matmul__": Uses._matmul,
     "conv2d": Uses._conv2d,
+    "conv_transpose2d": Uses._conv_transpose2d,
     "group_norm": Uses._group_norm,
     "layer_norm": Uses._layer_norm,
     "batch_norm": Uses._batch_norm,

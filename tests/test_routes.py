@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from deqlqr import (
     DEQ,
@@ -332,11 +333,55 @@ def test_a_layer_frozen_or_freed_on_the_way_is_looked_at_again():
         assert torch.equal(model[0].weight, held) != wanted
 
 
-def test_kronecker_refuses_a_weight_that_is_no_multiple_of_a_parameter():
-    model = nn.Sequential(Squared(), nn.Linear(6, 3)).double()
-    x, y = dense_batch()
-    with pytest.raises(ValueError, match="no block for a weight of shape"):
-        local(Kronecker(), model, x.double(), y, CategoricalKL())
+class Turned(nn.Module):
+    """A weight that enters by its transpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.mT)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_parameter_that_enters_through_a_tensor_made_from_it_has_its_own_factors(corrected):
+    torch.manual_seed(0)
+    model = nn.Sequential(Turned(), nn.Tanh(), nn.Linear(6, 1)).double()
+    model[2].requires_grad_(False)
+    x, y = randn(9, 6), randn(9, 1)
+    found = local(Kronecker(fisher="exact"), model, x, y, GaussianKL(), loss="mse")
+    v = randn(36)
+    a, g = x, (1 - model[0](x).tanh() ** 2) * model[2].weight
+    D = a[:, :, None] * g[:, None, :].detach()
+    G, A = (D @ D.mT).mean(0), (D.mT @ D).mean(0) / D.square().sum((1, 2)).mean()
+    assert relative(found.times(v), torch.kron(G, A) @ v) < 1e-9  # (K7)
+    # For one sample and one output it is the metric itself.
+    one = local(Kronecker(corrected=corrected), model, x[:1], y[:1], GaussianKL(), loss="mse")
+    expected, _ = explicit_step_of(model, x[:1], y[:1])
+    assert relative(one.solve([0.1]).u, expected) < 1e-8
+
+
+def test_every_parametrised_weight_has_a_block_in_the_kronecker_metric():
+    torch.manual_seed(0)
+    orthogonal, weight_norm = parametrizations.orthogonal, parametrizations.weight_norm
+    model = nn.Sequential(
+        orthogonal(nn.Linear(6, 5)), nn.Tanh(), weight_norm(nn.Linear(5, 6)), Squared(), Turned(),
+        DEQ(DenseBlock(4, 6)), nn.Linear(4, 3),
+    )  # fmt: skip
+    orthogonal(model[5].block.state)
+    model, (x, y) = exact(model), dense_batch(12)
+    memory, route = Memory(), Kronecker(fisher="exact", update_every=1)
+    for memory.step in range(3):
+        found = local(route, model, x.double(), y, CategoricalKL(), memory=memory)
+    controls = Controls(model)
+    covered = controls.unflatten(found.times(randn(controls.m)))
+    assert all(float(part.norm()) > 0 for part in covered.values())
+    step = found.solve([0.1] * len(covered))
+    assert relative(found.times(step.u) + 0.1 * step.u, -found.gradient) < 1e-9
+    # A fair share of the true metric along the gradient.
+    true = local(Output(), model, x.double(), y, CategoricalKL())
+    assert 0.2 < found.metric(found.gradient) / true.metric(true.gradient) < 5
 
 
 class Tanh(nn.Module):

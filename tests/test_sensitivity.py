@@ -58,6 +58,24 @@ def wide_model():
     return nn.Sequential(nn.Linear(6, 5), DEQ(DenseBlock(30, 5)), nn.Linear(30, 3))
 
 
+class Transposed(nn.Module):
+    """Uses a kernel by a convolution and by its transpose, and strides."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(0.3 * torch.randn(3, 1, 3, 3))
+        self.up = nn.ConvTranspose2d(1, 2, 3, stride=2, padding=1, output_padding=1)
+
+    def forward(self, x):
+        y = F.conv_transpose2d(torch.tanh(F.conv2d(x, self.kernel)), self.kernel)
+        return torch.tanh(self.up(y))
+
+
+def transposed_model():
+    torch.manual_seed(0)
+    return nn.Sequential(Transposed(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(18, 3))
+
+
 def rescaled_model():
     """The block's weight is above its largest norm, so it is used rescaled."""
     model = dense_model()
@@ -73,6 +91,7 @@ CASES = {
     "rescaled": (rescaled_model, dense_batch),
     "two layers, odd parts": (odd_model, dense_batch),
     "explicit": (image_model, conv_batch),
+    "transposed": (transposed_model, conv_batch),
 }
 
 
