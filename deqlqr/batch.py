@@ -119,7 +119,7 @@ class Batch:
         starts: Sequence[Any] = [s.value for s in near]
         if len(starts) != len(layers) * len(self.pieces):
             starts = [None] * (len(layers) * len(self.pieces))
-        with _statistics_held(self.model):
+        with statistics_held(self.model):
             for i, (x, y) in enumerate(self.pieces):
                 with ExitStack() as stack:
                     own = starts[i * len(layers) : (i + 1) * len(layers)]
@@ -143,7 +143,7 @@ class Batch:
 
 
 @contextmanager
-def _statistics_held(model: nn.Module) -> Generator[None, None, None]:
+def statistics_held(model: nn.Module) -> Generator[None, None, None]:
     """Leave the running statistics of batch normalisation as they are."""
     tracking = [
         module for module in model.modules()
@@ -167,7 +167,7 @@ def require_independent(at: Batch) -> None:
     x, y = max(at.pieces, key=lambda piece: len(piece[0]))
     if len(x) < 2:
         return
-    with _statistics_held(at.model):
+    with statistics_held(at.model):
         chunk, _ = at.linearized(x, y)
     half = torch.ones_like(chunk.at.outputs)
     half[: len(x) // 2] = 0.0

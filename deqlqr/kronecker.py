@@ -288,6 +288,7 @@ class Factors:
     @torch.no_grad()
     def commit(self) -> None:
         """Take what was seen into the averages; nothing that is not finite gets in."""
+        self._drop_others()
         for key, new in self._new.items():
             if not all(bool(value.isfinite().all()) for value in new.values()):
                 continue
@@ -301,6 +302,13 @@ class Factors:
                 past = state.get(what, torch.zeros_like(value))
                 state[what] = keep * past + (1 - keep) * value
         self._new.clear()
+
+    def _drop_others(self) -> None:
+        """Drop layers whose parameters now act together in other ways (`unrolled`)."""
+        now = {name for key in self._new for name in _parameters(key)}
+        for key in [key for key in self.memory if key not in self._new]:
+            if now & set(_parameters(key)):
+                del self.memory[key]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -326,6 +334,13 @@ def _averages(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if "trace" in state:
         A = A / (state["trace"] / weight).clamp(min=torch.finfo(A.dtype).tiny)
     return A, G
+
+
+def _parameters(key: str) -> list[str]:
+    """Return the parameters that a key of the memory is about."""
+    if key.startswith(_JOINT):
+        return _names(key)
+    return [token.removesuffix("'") for token in key.split("+")]
 
 
 def _names(key: str) -> list[str]:

@@ -11,6 +11,7 @@ regularization, arXiv:2106.14342.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from deqlqr._checks import at_least
 from deqlqr.call import Call
 from deqlqr.deq import DEQ
 from deqlqr.equilibrium import pullback
+from deqlqr.layer_calls import LayerCall
 from deqlqr.resolvent import Product, matrix_of
 
 _KRYLOV = 24  # dimension of the space whose Ritz values are taken
@@ -194,3 +196,20 @@ def jacobian_penalty(
         e = torch.randn(fz.shape, generator=generator, dtype=fz.dtype, device=fz.device)
         total = total + pull(e)[0].square().sum()
     return total / (count * at.numel())
+
+
+def penalty_of(calls: Sequence[LayerCall], seed: int) -> Tensor | float:
+    """Return the sum of (J1) over calls of DEQ layers; 0 if there are none.
+
+    Args:
+        calls: What was recorded of a forward pass.
+        seed: Of the random vectors.
+    """
+    total: Tensor | float = 0.0
+    for call in calls:
+        start = call.z if isinstance(call.z, Tensor) else call.z[0]
+        generator = torch.Generator(start.device).manual_seed(seed)
+        total = total + jacobian_penalty(
+            call.layer, call.z, *call.inputs, generator=generator, **call.shared
+        )
+    return total

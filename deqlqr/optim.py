@@ -1,8 +1,10 @@
 """Implicit natural-gradient descent: a training step is the steady state of an LQR.
 
-    (O2)  v <- momentum v + u,    d = lr (v - weight_decay theta),    theta <- theta + d
+    (O2)  v <- momentum v + u,    d = lr (v - weight_decay theta - penalty grad J1),
+          theta <- theta + d
 
-u solves (F3) at R_bar = R + delta I, by any of the routes. The quadratic model of the loss,
+u solves (F3) at R_bar = R + delta I, by any of the routes; J1 is the Jacobian penalty of the DEQ
+layers. The quadratic model of the loss,
 
     (O3)  q(d) = g'd + d'C d / 2
 
@@ -24,12 +26,14 @@ from torch import Tensor, nn
 
 from deqlqr._checks import at_least, count
 from deqlqr._linalg import full_precision
-from deqlqr.batch import Batch, require_independent
+from deqlqr.batch import Batch, require_independent, statistics_held
 from deqlqr.controls import Controls
 from deqlqr.direction import Direction, Local, expanded
 from deqlqr.divergence import DivergenceLike
+from deqlqr.layer_calls import calls_recorded
 from deqlqr.linearize_samples import choose_divergence
 from deqlqr.loss import LossLike, make_loss
+from deqlqr.monitor import penalty_of
 from deqlqr.output_space import OutputSpace
 from deqlqr.routes import Krylov, Memory, Output, Route, Sampled, make_route
 from deqlqr.solution import ConvergenceError
@@ -90,12 +94,13 @@ class StepReport:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a step begins: the batch, its linearisation, the parameters, the random numbers."""
+    """Where a step begins: batch, linearisation, parameters, random numbers, decoupled decay."""
 
     at: Batch
     local: Local
     parameters: Tensor
     random: Tensor
+    decay: Tensor  # what the decoupled terms of (O2) take off
 
 
 @dataclass
@@ -135,6 +140,8 @@ class ImplicitNGD(torch.optim.Optimizer):
             matches the loss, which makes this natural gradient descent.
         momentum: Share of the last velocity in the next (O2).
         weight_decay: Decoupled (O2).
+        penalty: Factor on the gradient of the Jacobian penalty (J1) of the DEQ layers, decoupled
+            (O2): it keeps the spectral radius of A down, at the cost of another gradient.
         adaptive: Adapt the damping by how the loss followed the quadratic model (O3).
         acceleration: Correct u for the bend of the outputs along it (W4), at the cost of a forward
             pass; for the routes `"output"` and `"sampled"`. Least squares to high accuracy take far
@@ -182,6 +189,7 @@ class ImplicitNGD(torch.optim.Optimizer):
         divergence: DivergenceLike | None = None,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        penalty: float = 0.0,
         adaptive: bool = False,
         acceleration: bool = False,
         trust_region: float | None = None,
@@ -206,6 +214,7 @@ class ImplicitNGD(torch.optim.Optimizer):
         if linalg_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"linalg_dtype must be float32, float64 or None, got {linalg_dtype}.")
         self.linalg_dtype = linalg_dtype or self.controls.parameters[0].dtype
+        self.penalty = at_least("penalty", penalty, 0.0)
         self.adaptive = bool(adaptive)
         self.acceleration = bool(acceleration)
         if acceleration and not isinstance(self.route, (Output, Sampled)):
@@ -295,7 +304,7 @@ class ImplicitNGD(torch.optim.Optimizer):
         first = self.param_groups[0]
         factor = first["damping_factor"] * (self.damping_increase if rolled_back else 1.0)
         before = self.controls.vector
-        start = _Start(at, local, before, self._random)
+        start = _Start(at, local, before, self._random, self._decay(at, before))
         checked = (first["step"] + 1) % self.check_every == 0
         rejections: list[str] = []
         while True:
@@ -431,7 +440,7 @@ class ImplicitNGD(torch.optim.Optimizer):
         momentum = self._entries("momentum", u)
         if velocity is not None:
             u = momentum * velocity + u
-        d = self._entries("lr", u) * (u - self._entries("weight_decay", u) * before)  # (O2)
+        d = self._entries("lr", u) * (u - start.decay)  # (O2)
         with full_precision(before):
             d, shortened, promised = self._within_reach(local, direction, d, u)
         if self.acceleration and isinstance(local, OutputSpace):
@@ -447,6 +456,22 @@ class ImplicitNGD(torch.optim.Optimizer):
             if isinstance(self.route, Krylov):
                 self._remember("direction", direction.u)
         return tried
+
+    def _decay(self, at: Batch, parameters: Tensor) -> Tensor:
+        """Return weight_decay theta + penalty grad J1 of (O2)."""
+        decay = self._entries("weight_decay", parameters) * parameters
+        if not self.penalty:
+            return decay
+        for x, _ in at.pieces:
+            with statistics_held(self.model), calls_recorded(self.model) as calls:
+                with torch.enable_grad(), _random_numbers_of(self._random):
+                    self.model(x)
+                    at.solutions()
+                    term = penalty_of(calls, self.param_groups[0]["step"])
+            if isinstance(term, Tensor):
+                share = self.penalty * len(x) / at.count
+                decay = decay + share * self.controls.pull(term)
+        return decay
 
     def _acceleration(self, start: _Start, local: OutputSpace, d: Tensor, factor: float) -> Tensor:
         """Return what (W4) adds to d; nothing where it is no small correction."""
@@ -476,9 +501,8 @@ class ImplicitNGD(torch.optim.Optimizer):
         if self.trust_region is None and not self.adaptive:
             return d, 1.0, None
         rates = {group["lr"] for group in self.param_groups}
-        plain = u is direction.u and len(rates) == 1 and not any(
-            group["weight_decay"] for group in self.param_groups
-        )  # fmt: skip
+        decays = self.penalty or any(group["weight_decay"] for group in self.param_groups)
+        plain = u is direction.u and len(rates) == 1 and not decays
         if plain:
             lr = rates.pop()
             slope, bend = lr * direction.slope, lr**2 * direction.curvature

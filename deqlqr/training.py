@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from math import cos, isnan, pi
 from pathlib import Path
-from typing import Any, Protocol, cast, get_args
+from statistics import mean
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,20 @@ from tqdm import tqdm
 from deqlqr._checks import at_least, choice, count
 from deqlqr.checkpoint import load_checkpoint, save_checkpoint
 from deqlqr.data import DATASETS, load_data
-from deqlqr.deq import find_deq
+from deqlqr.evaluation import evaluate
 from deqlqr.figures import plot_curves
+from deqlqr.gradient_step import GradientStep
+from deqlqr.guard import Guard, Stepper
+from deqlqr.layer_calls import layers_of
 from deqlqr.layer_inverse import INVERSES, make_inverse
 from deqlqr.linearize_samples import Minibatch
-from deqlqr.loss import make_loss
 from deqlqr.metrics import MetricsFile, read_metrics
 from deqlqr.models import MODELS, check_seed, make_model
 from deqlqr.optim import ImplicitNGD
 from deqlqr.routes import ROUTES, Cyclic, Dare, Route, make_route
 from deqlqr.solution import ConvergenceError
 from deqlqr.sweeps import LayerDamping
+from deqlqr.unrolled import unrolled
 
 OPTIMIZERS = ("ingd", "gd", "sgd", "adam", "lbfgs")
 SCHEDULES = ("cosine", "constant")
@@ -60,6 +64,12 @@ class TrainConfig:
         acceleration: See there.
         trust_region: See there.
         check_every: See there.
+        penalty: Factor on the Jacobian penalty, of any optimizer.
+        guard: Keep the fixed points (see `Guard`): shorten or take back steps that lose them.
+        max_radius: Largest spectral radius of A that the guard allows.
+        guard_every: Steps between its looks.
+        warmup: First steps, in which the DEQ layer is `warmup_depth` iterations of its block.
+        warmup_depth: See there.
         batch_size: Samples of a step; a last smaller batch of an epoch is left out.
         epochs: Passes over the training data.
         schedule: `"cosine"` lets the step length fall to 0, `"constant"` keeps it.
@@ -85,6 +95,12 @@ class TrainConfig:
     acceleration: bool = False
     trust_region: float | None = None
     check_every: int = 1
+    penalty: float = 0.0
+    guard: bool = True
+    max_radius: float = 0.98
+    guard_every: int = 10
+    warmup: int = 0
+    warmup_depth: int = 5
     batch_size: int = 16
     epochs: int = 5
     schedule: str = "cosine"
@@ -112,7 +128,15 @@ class TrainConfig:
             choice(name, getattr(self, name), allowed)
         for name in ("lr", "damping"):
             at_least(name, getattr(self, name), 0.0, strict=True)
-        at_least("momentum", self.momentum, 0.0)
+        for name in ("momentum", "penalty"):
+            at_least(name, getattr(self, name), 0.0)
+        at_least("max_radius", self.max_radius, 0.0, strict=True)
+        count("warmup", self.warmup, 0)
+        if self.warmup and self.optimizer == "ingd" and self.route in ("dare", "cyclic"):
+            raise ValueError(
+                f"warmup steps are those of a network without DEQ layer, which route "
+                f"{self.route!r} does not take: take another route."
+            )
         if self.margin is not None:
             at_least("margin", self.margin, 1.0, strict=True)
         if self.route != "cyclic" and (self.inverse != "exact" or self.margin is not None):
@@ -122,7 +146,7 @@ class TrainConfig:
         if self.trust_region is not None:
             at_least("trust_region", self.trust_region, 0.0, strict=True)
         for name in ("batch_size", "epochs", "log_every", "eval_size", "train_size", "max_steps",
-                     "check_every"):  # fmt: skip
+                     "check_every", "guard_every", "warmup_depth"):  # fmt: skip
             value = getattr(self, name)
             if value is not None or name not in ("train_size", "max_steps"):
                 count(name, value)
@@ -141,41 +165,6 @@ class TrainConfig:
         return TrainConfig(**values)
 
 
-class _Stepper(Protocol):
-    def step(self, x: Tensor, y: Tensor) -> Tensor: ...
-
-
-class GradientStep:
-    """A first-order torch optimizer behind the interface of `ImplicitNGD.step`."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: str) -> None:
-        self.model, self.optimizer, self.loss = model, optimizer, make_loss(loss)
-
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take one step; nothing changes if the loss before it is not finite.
-
-        Returns:
-            The loss before the step.
-
-        Raises:
-            ConvergenceError: If a sample has no fixed point or the loss is not finite.
-        """
-
-        def closure() -> Tensor:
-            loss = self.loss(self.model(x), y)
-            if not bool(loss.isfinite()):
-                raise ConvergenceError(f"the loss is {float(loss.detach())}.")
-            self.optimizer.zero_grad()
-            loss.backward()
-            return loss.detach()
-
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            return torch.as_tensor(self.optimizer.step(closure))
-        loss = closure()
-        self.optimizer.step()
-        return loss
-
-
 def _route(config: TrainConfig) -> Route:
     minibatch = cast(Minibatch, config.minibatch)
     if config.route == "dare":
@@ -188,7 +177,7 @@ def _route(config: TrainConfig) -> Route:
 
 def make_optimizer(
     model: nn.Module, config: TrainConfig, loss: str
-) -> tuple[_Stepper, torch.optim.Optimizer]:
+) -> tuple[Stepper, torch.optim.Optimizer]:
     """Return the object whose `step(x, y)` trains the model, and the torch optimizer inside."""
     if config.optimizer == "ingd":
         ingd = ImplicitNGD(
@@ -198,6 +187,7 @@ def make_optimizer(
             damping=config.damping,
             route=_route(config),
             momentum=config.momentum,
+            penalty=config.penalty,
             adaptive=config.adaptive,
             acceleration=config.acceleration,
             trust_region=config.trust_region,
@@ -216,34 +206,7 @@ def make_optimizer(
     else:
         momentum = 0.9 if config.optimizer == "sgd" else 0.0
         optimizer = torch.optim.SGD(parameters, lr=config.lr, momentum=momentum)
-    return GradientStep(model, optimizer, loss), optimizer
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, x: Tensor, y: Tensor, batch: int = 1000) -> tuple[float, int]:
-    """Judge a model on a test set.
-
-    Returns:
-        Accuracy for labels y, mean squared error for values y, and how many samples had no fixed
-        point: they count as wrong, and leave no finite error.
-    """
-    layer = find_deq(model)
-    policy, layer.on_failure = layer.on_failure, "return"
-    total, lost = 0.0, 0
-    try:
-        for start in range(0, len(x), batch):
-            piece = slice(start, start + batch)
-            outputs = model(x[piece])
-            assert layer.solution is not None  # noqa: S101
-            converged = layer.solution.converged
-            if y.is_floating_point():
-                total += float((outputs - y[piece]).square().mean(-1).sum())
-            else:
-                total += float(((outputs.argmax(-1) == y[piece]) & converged).sum())
-            lost += int((~converged).sum())
-    finally:
-        layer.on_failure = policy
-    return (float("inf") if lost and y.is_floating_point() else total / len(x)), lost
+    return GradientStep(model, optimizer, loss, penalty=config.penalty), optimizer
 
 
 @dataclass(frozen=True)
@@ -297,6 +260,9 @@ class Trainer:
         self.model = make_model(config.model, shape, data.outputs, seed=config.seed)
         self.model.to(device, data.train_x.dtype)
         self.stepper, self.optimizer = make_optimizer(self.model, config, data.loss)
+        self.guard: Guard | None = None
+        if config.guard:
+            self.guard = Guard(self.stepper, max_radius=config.max_radius, every=config.guard_every)
         self.step, self.seconds = 0, 0.0
         if resume is not None:
             self._restore(resume)
@@ -356,6 +322,7 @@ class Trainer:
                 "config": asdict(self.config),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "guard": None if self.guard is None else self.guard.state_dict(),
                 "step": self.step,
                 "seconds": self.seconds,
             },
@@ -376,7 +343,11 @@ class Trainer:
         try:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
+            if self.guard is not None:
+                self.guard.load_state_dict(content["guard"])
             self.step, self.seconds = int(content["step"]), float(content["seconds"])
+            if isinstance(self.stepper, GradientStep):
+                self.stepper.taken = self.step
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"checkpoint does not fit its model: {error!r}") from error
 
@@ -392,7 +363,12 @@ class Trainer:
             group["lr"] = lr
         samples = samples.to(self.data.train_x.device)
         start = time.perf_counter()
-        loss = float(self.stepper.step(self.data.train_x[samples], self.data.train_y[samples]))
+        batch = self.data.train_x[samples], self.data.train_y[samples]
+        if self.step < self.config.warmup:
+            with unrolled(self.model, self.config.warmup_depth):
+                loss = float(self.stepper.step(*batch))
+        else:
+            loss = float((self.guard or self.stepper).step(*batch))
         self.seconds += time.perf_counter() - start
         self.step += 1
         return loss
@@ -400,6 +376,9 @@ class Trainer:
     def _log(self, kind: str, line: dict[str, Any], samples: int) -> str:
         x, y = self.data.test_x[:samples], self.data.test_y[:samples]
         score, lost = evaluate(self.model, x, y)
+        while self.guard is not None and kind == "epoch" and lost > self.guard.max_failed * len(x):
+            self.guard.take_back(f"{lost} of {len(x)} test samples have no fixed point")
+            score, lost = evaluate(self.model, x, y)
         measured = {self.measure: score, "test_not_converged": lost}
         self.metrics.write({"kind": kind} | line | measured)
         return (
@@ -409,7 +388,6 @@ class Trainer:
 
     def _line(self, epoch: int, loss: float) -> dict[str, Any]:
         """Return what the step just taken measured; to be read before the layer solves again."""
-        layer = find_deq(self.model)
         line: dict[str, Any] = {
             "step": self.step,
             "epoch": epoch + 1,
@@ -420,7 +398,16 @@ class Trainer:
             "closed_loop_radius": None,
             "damping": None,
             "rejections": None,
+            "radius": None,
+            "shortened": None,
+            "taken_back": None,
         }
+        if self.guard is not None and self.guard.last_look is not None:
+            radius = self.guard.last_look.radius
+            line["radius"] = None if isnan(radius) else radius
+            line["shortened"] = self.guard.counts["shortened"]
+            line["taken_back"] = self.guard.counts["taken back"]
+        solutions = [s for layer in layers_of(self.model) if (s := layer.solution) is not None]
         if isinstance(self.stepper, ImplicitNGD) and self.stepper.last_step is not None:
             report = self.stepper.last_step
             for key in ("evaluations", "residual", "closed_loop_radius", "damping"):
@@ -429,9 +416,9 @@ class Trainer:
             if report.layer_damping is not None:
                 known = [None if isnan(delta) else delta for delta in report.layer_damping]
                 line |= {"layer_damping": known, "truncation": report.truncation}
-        elif layer.solution is not None:
-            line["evaluations"] = float(layer.solution.evaluations.double().mean())
-            line["residual"] = float(layer.solution.residual.max())
+        elif solutions:
+            line["evaluations"] = mean(float(s.evaluations.double().mean()) for s in solutions)
+            line["residual"] = max(float(s.residual.max()) for s in solutions)
         return line
 
     def _title(self) -> str:

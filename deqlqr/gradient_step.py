@@ -1,0 +1,86 @@
+"""A step of any first-order torch optimizer, taken like a step of `ImplicitNGD`."""
+
+import torch
+from torch import Tensor, nn
+
+from deqlqr._checks import at_least
+from deqlqr.layer_calls import calls_recorded
+from deqlqr.loss import LossLike, make_loss
+from deqlqr.monitor import penalty_of
+from deqlqr.solution import ConvergenceError
+
+
+class GradientStep:
+    """A torch optimizer behind the interface of `ImplicitNGD.step`.
+
+    Args:
+        model: The model.
+        optimizer: Any `torch.optim.Optimizer` of its parameters.
+        loss: As for `ImplicitNGD`.
+        penalty: Factor on the Jacobian penalty (J1) of every DEQ layer, added to the loss.
+
+    Attributes:
+        taken: Steps taken; it seeds the random vectors of the penalty.
+
+    Raises:
+        ValueError: If `penalty` is negative or the loss is unknown.
+
+    Example:
+        >>> from deqlqr import DEQ, DenseBlock
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(DEQ(DenseBlock(4)), nn.Linear(4, 3))
+        >>> adam = torch.optim.Adam(model.parameters(), lr=0.1)
+        >>> stepper = GradientStep(model, adam, "cross_entropy", penalty=0.1)
+        >>> x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+        >>> losses = [float(stepper.step(x, y)) for _ in range(5)]
+        >>> losses[-1] < losses[0]
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: LossLike = "cross_entropy",
+        *,
+        penalty: float = 0.0,
+    ) -> None:
+        self.model, self.optimizer, self.loss = model, optimizer, make_loss(loss)
+        self.penalty = at_least("penalty", penalty, 0.0)
+        self.taken = 0
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Take one step; nothing changes if the loss before it is not finite.
+
+        Args:
+            x: Inputs `(batch, ...)`.
+            y: Targets `(batch, ...)`.
+
+        Returns:
+            The loss before the step, without the penalty.
+
+        Raises:
+            ConvergenceError: If a sample has no fixed point or the loss is not finite.
+        """
+        first: list[Tensor] = []
+
+        def closure() -> Tensor:
+            with calls_recorded(self.model) as calls:
+                loss = self.loss(self.model(x), y)
+            if not first:
+                first.append(loss.detach())
+            if not bool(loss.isfinite()):
+                raise ConvergenceError(f"the loss is {float(loss.detach())}.")
+            if self.penalty:
+                loss = loss + self.penalty * penalty_of(calls, self.taken)
+            self.optimizer.zero_grad()
+            loss.backward()
+            return loss.detach()
+
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            self.optimizer.step(closure)
+        else:
+            closure()
+            self.optimizer.step()
+        self.taken += 1
+        return first[0]

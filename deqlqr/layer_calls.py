@@ -1,0 +1,62 @@
+"""What a model gives its DEQ layers and what they return, for those who look from outside."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from deqlqr.deq import DEQ
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a DEQ layer.
+
+    Attributes:
+        layer: The layer.
+        inputs: Its inputs.
+        shared: Its keywords, but for `z0` and `key`.
+        z: What it returned.
+    """
+
+    layer: DEQ
+    inputs: tuple[Any, ...]
+    shared: dict[str, Any]
+    z: Any
+
+
+def layers_of(model: nn.Module) -> list[DEQ]:
+    """Return the DEQ layers of a model."""
+    return [module for module in model.modules() if isinstance(module, DEQ)]
+
+
+@contextmanager
+def calls_recorded(model: nn.Module) -> Generator[list[LayerCall], None, None]:
+    """Within the context every call of a DEQ layer is added to the list."""
+    calls: list[LayerCall] = []
+
+    def record(layer: DEQ, inputs: tuple[Any, ...], shared: dict[str, Any], z: Any) -> None:
+        own = {name: value for name, value in shared.items() if name not in ("z0", "key")}
+        calls.append(LayerCall(layer, inputs, own, z))
+
+    hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers_of(model)]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def failures_returned(model: nn.Module) -> Generator[None, None, None]:
+    """Within the context no DEQ layer raises or warns: failures are in `layer.solution`."""
+    held = [(layer, layer.on_failure) for layer in layers_of(model)]
+    for layer, _ in held:
+        layer.on_failure = "return"
+    try:
+        yield
+    finally:
+        for layer, policy in held:
+            layer.on_failure = policy
