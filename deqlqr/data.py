@@ -1,20 +1,37 @@
-"""The data sets of the command line: 8 x 8 digits that ship with scikit-learn, MNIST, a surface."""
+"""The data sets of the command line: digits of scikit-learn, MNIST, a surface, points in the plane.
 
+The points fall into two classes c = 0, 1, which a gap parts. With s a thin uniform spread,
+
+    donut1d  (t, s): |t| <= 0.45 (c = 1) between the two sides 0.55 <= |t| <= 1 (c = 0)
+    donut2d  the disk |p| <= 0.5 (c = 1) in the ring 0.6 <= |p| <= 1 (c = 0)
+    squares  the four squares 0.05 <= |p_1|, |p_2| <= 1: c = 1 where p_1 p_2 > 0
+    spiral   (r + s) (cos a, sin a), a = 3 pi r + pi c, 0.1 <= r <= 1: two arms of 1.35 turns
+
+each uniform: donut1d in t, the arms in r^2 (about evenly along them), the others in area.
+
+Source of the four problems: M. Benning, E. Celledoni, M. J. Ehrhardt, B. Owren, C.-B. Schoenlieb
+(2019), Deep learning as optimal control problems, arXiv:1904.05657.
+"""
+
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-DATASETS = ("digits", "mnist", "sine2d")
+POINT_SETS = ("donut1d", "donut2d", "squares", "spiral")
+DATASETS = ("digits", "mnist", "sine2d", *POINT_SETS)
+_TRAIN, _TEST = 500, 1000  # points
 
 
 @dataclass(frozen=True)
 class Data:
     """Samples to train on and to test with.
 
-    Images `(samples, 1, height, width)` in float32 with labels `(samples,)` in int64, or points
-    `(samples, inputs)` with values `(samples, outputs)`, both in float64.
+    Images `(samples, 1, height, width)` or points `(samples, inputs)`, both in float32, with labels
+    `(samples,)` in int64; or points with values `(samples, outputs)`, both in float64.
 
     Attributes:
         train_x: Inputs to train on.
@@ -57,11 +74,14 @@ def load_data(name: str, root: str | Path | None = None) -> Data:
     """Load a data set by name.
 
     Args:
-        name: `"digits"`, `"mnist"` or `"sine2d"`.
+        name: `"digits"`, `"mnist"`, `"sine2d"`, `"donut1d"`, `"donut2d"`, `"squares"` or
+            `"spiral"`. Of the last four the two classes take turns, 500 points to train with and
+            1000 to test with.
         root: For MNIST, the folder torchvision's `MNIST(root=...)` reads; nothing is downloaded.
 
     Returns:
-        Standardised images and labels, or points and values, split into training and test.
+        Standardised images and labels, or points and labels or values, split into training and
+        test.
 
     Raises:
         ValueError: If the name is unknown, `root` is missing, or MNIST is not under it.
@@ -72,6 +92,8 @@ def load_data(name: str, root: str | Path | None = None) -> Data:
         return _mnist(root)
     if name == "sine2d":
         return _sine2d()
+    if name in POINT_SETS:
+        return _points(name)
     raise ValueError(f"data must be one of {DATASETS}, got {name!r}.")
 
 
@@ -97,6 +119,58 @@ def _sine2d() -> Data:
     test = 2 * torch.rand(1000, 2, generator=generator, dtype=torch.float64) - 1
     surface = lambda x: (3 * x[:, :1]).sin() * (2 * x[:, 1:]).cos() + 0.3 * x[:, :1] * x[:, 1:]
     return Data(train, surface(train), test, surface(test), outputs=1)
+
+
+def _points(name: str) -> Data:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: int) -> tuple[Tensor, Tensor]:
+        labels = torch.arange(size) % 2
+        draws = torch.rand(3, size, generator=generator, dtype=torch.float64)
+        return _BY_CLASS[name](draws, labels == 1).float(), labels
+
+    return Data(*draw(_TRAIN), *draw(_TEST), outputs=2)
+
+
+# Each takes uniform numbers (3, samples) and whether c = 1, to points (samples, 2).
+
+
+def _donut1d(draws: Tensor, inner: Tensor) -> Tensor:
+    size = torch.where(inner, 0.45 * draws[0], 0.55 + 0.45 * draws[0])
+    return torch.stack([_signed(size, draws[1]), 0.1 * draws[2] - 0.05], 1)
+
+
+def _donut2d(draws: Tensor, inner: Tensor) -> Tensor:
+    # |p|^2 is uniform where p is uniform in area.
+    square = torch.where(inner, 0.25 * draws[0], 0.36 + 0.64 * draws[0])
+    return _polar(square.sqrt(), 2 * math.pi * draws[1])
+
+
+def _squares(draws: Tensor, same: Tensor) -> Tensor:
+    first, second = 0.05 + 0.95 * draws[:2]
+    sides = torch.stack([first, torch.where(same, second, -second)], 1)
+    return _signed(sides, draws[2][:, None])
+
+
+def _spiral(draws: Tensor, second: Tensor) -> Tensor:
+    r, spread = (0.01 + 0.99 * draws[0]).sqrt(), 0.08 * draws[1] - 0.04
+    return _polar(r + spread, 3 * math.pi * r + math.pi * second)
+
+
+def _signed(value: Tensor, draw: Tensor) -> Tensor:
+    return torch.where(draw < 0.5, value, -value)
+
+
+def _polar(radius: Tensor, angle: Tensor) -> Tensor:
+    return radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+
+
+_BY_CLASS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "donut1d": _donut1d,
+    "donut2d": _donut2d,
+    "squares": _squares,
+    "spiral": _spiral,
+}
 
 
 def _mnist(root: str | Path | None) -> Data:

@@ -5,17 +5,24 @@ that an evaluation changes (spectral normalisation's vectors, counters). Batch n
 normalises by its running statistics, which take part in training by one evaluation at the fixed
 point. Autocast is as it was when the solve began, also when the block is evaluated again in the
 backward pass.
+
+Within `torch.nn.utils.parametrize.cached` a solve makes its parametrised weights once, without a
+graph, and leaves them to nobody: derivatives make their own.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
+
+from deqlqr._checks import transformed
 
 T = TypeVar("T")
+_Cache = dict[tuple[int, str], Tensor | None]
 
 
 class Frozen:
@@ -46,6 +53,8 @@ class Frozen:
         # Buffers that evaluations change, with what they held before and after the first.
         self._moving: list[tuple[Tensor, Tensor, Tensor]] = []
         self._watched = list(block.buffers()) if block.training else []
+        # Weights that the solve has made, as long as it lasts.
+        self._weights: _Cache | None = {}
 
     def __call__(self, evaluate: Callable[[], T]) -> T:
         """Return `evaluate()`, under the state held."""
@@ -57,6 +66,8 @@ class Frozen:
             if self._autocast() != self.autocast:
                 enabled, dtype = self.autocast
                 stack.enter_context(torch.autocast(self.device.type, dtype, enabled=enabled))
+            if parametrize._cache_enabled:
+                stack.enter_context(self._own_weights())
             if self.random is None:
                 return self._first(evaluate)
             if self.random:
@@ -90,6 +101,7 @@ class Frozen:
         for buffer, _, after in self._moving:
             buffer.copy_(after)
         self._moving = []
+        self._weights = None
 
     @torch.no_grad()
     def update_statistics(self, evaluate: Callable[[], object]) -> None:
@@ -102,6 +114,21 @@ class Frozen:
                 self(evaluate)
             finally:
                 self.modes = held
+
+    @contextmanager
+    def _own_weights(self) -> Generator[None, None, None]:
+        """Put a cache of this solve, or of this evaluation, in place of torch's.
+
+        A weight that was made without a graph, or from parameters put in place of the module's
+        own, must not be met by others.
+        """
+        solving = not (self.random or torch.is_grad_enabled() or transformed())
+        kept = self._weights if solving else None
+        others, parametrize._cache = parametrize._cache, {} if kept is None else kept
+        try:
+            yield
+        finally:
+            parametrize._cache = others
 
     def _autocast(self) -> tuple[bool, torch.dtype]:
         kind = self.device.type

@@ -8,12 +8,15 @@ last that passed is shortened,
     (G1)  theta <- good + 2^-j (theta - good),   j = 1, 2, ...,   until a look passes,
 
 or taken back, the optimizer's memory returns to what it was there, and its step length is halved;
-it recovers while looks pass.
+it recovers while looks pass. So that there is room to go on, the Jacobian penalty of the slowest
+samples is then brought down, at their states z as they are,
+
+    (G2)  theta <- theta - J1 / 5 g / |g|^2,   g = dJ1/dtheta,   until rho <= 0.9 of the largest.
 """
 
 import copy
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -25,13 +28,16 @@ from torch.utils._pytree import tree_map
 from deqlqr._checks import at_least, count
 from deqlqr.batch import statistics_held
 from deqlqr.controls import Controls
-from deqlqr.layer_calls import LayerCall, calls_recorded, failures_returned
-from deqlqr.monitor import jacobian_radius
+from deqlqr.layer_calls import LayerCall, calls_recorded, failures_returned, layers_of
+from deqlqr.monitor import jacobian_radius, penalty_of
 from deqlqr.solution import ConvergenceError
 
 _SHORTENINGS = 4  # 2^-j of (G1) before the way is taken back
 _KEPT = 3  # states that have passed, to fall back on
 _RECOVERY = 1.2  # of the step length, at a look that passes
+_ROOM = 0.9  # of the largest radius, to which (G2) brings it down
+_DECREASE = 0.2  # of the penalty, in a step of (G2)
+_ROUNDS = 20  # steps of (G2)
 _PERSISTENCE = 12  # looks in a row that fail before training stops
 
 
@@ -42,6 +48,11 @@ class Stepper(Protocol):
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Take a step and return the loss before it."""
+
+
+def _radius(call: LayerCall) -> float:
+    radii = jacobian_radius(call.layer, call.z, *call.inputs, **call.shared)
+    return float(radii.nan_to_num(nan=float("inf")).max())
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,8 @@ class Guard:
     Attributes:
         last_look: The last `Look`, or `None`.
         scale: Factor on the step length.
-        counts: How many looks there were, and how often the way was shortened or taken back.
+        counts: How many looks there were, how often the way was shortened or taken back, and how
+            many steps of (G2) were taken.
 
     Raises:
         ValueError: If an option is out of range.
@@ -111,8 +123,9 @@ class Guard:
         self.max_failed = at_least("max_failed", max_failed, 0.0)
         self.last_look: Look | None = None
         self.scale = 1.0
-        self.counts = {"looks": 0, "shortened": 0, "taken back": 0}
+        self.counts = {"looks": 0, "shortened": 0, "taken back": 0, "calmed": 0}
         self._since = 0  # steps since the last look
+        self._interval = self.every  # steps to the next: fewer after failures
         self._failures = 0  # looks and steps in a row that failed
         self._good: deque[dict[str, Any]] = deque(maxlen=_KEPT)
 
@@ -142,9 +155,11 @@ class Guard:
                     loss = self.stepper.step(x, y)
                 break
             except ConvergenceError as error:
-                self.take_back(str(error))
+                if not self._calmed(x):
+                    self.take_back(str(error))
+                    self._calmed(x)
         self._since += 1
-        if self._since >= self.every:
+        if self._since >= self._interval:
             self.check(x)
         return loss
 
@@ -160,17 +175,15 @@ class Guard:
         Raises:
             ConvergenceError: As `step`.
         """
-        found = look = self.look(x)
-        if look.reason is not None and self._good:
-            look = self._shorten(x, look)
-        if look.reason is not None:
-            self.take_back(look.reason)
-        else:
-            self._since = 0
-            if found.reason is None:
-                self._failures = 0
-                self.scale = min(1.0, self.scale * _RECOVERY)
+        found = self.look(x)
+        if found.reason is None:
+            self._since = self._failures = 0
+            self._interval = min(self.every, 2 * self._interval)
+            self.scale = min(1.0, self.scale * _RECOVERY)
             self._remember()
+        elif not self._calmed(x) and not self._shorten(x):
+            self.take_back(found.reason)
+            self._calmed(x)
         return found
 
     @torch.no_grad()
@@ -190,13 +203,13 @@ class Guard:
             assert call.layer.solution is not None  # noqa: S101
             failed = max(failed, 1.0 - float(call.layer.solution.converged.double().mean()))
         if finite and calls:
-            radius = max(self._radius(call) for call in calls)
+            radius = max(_radius(self._slowest(call)) for call in calls)
         self.counts["looks"] += 1
         self.last_look = Look(failed, finite, radius, self._reason(failed, finite, radius))
         return self.last_look
 
-    def _radius(self, call: LayerCall) -> float:
-        """Return the largest radius of the samples that took most evaluations."""
+    def _slowest(self, call: LayerCall) -> LayerCall:
+        """Return the samples of a call that took most evaluations."""
         solution = call.layer.solution
         assert solution is not None  # noqa: S101
         batch = len(solution.evaluations)
@@ -204,11 +217,10 @@ class Guard:
 
         def part(value: Any) -> Any:
             sample = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
-            return value[slowest] if sample else value
+            return value[slowest].detach() if sample else value
 
         z, inputs = tree_map(part, call.z), tree_map(part, call.inputs)
-        radii = jacobian_radius(call.layer, z, *inputs, **call.shared)
-        return float(radii.nan_to_num(nan=float("inf")).max())
+        return LayerCall(call.layer, inputs, call.shared, z)
 
     def _reason(self, failed: float, finite: bool, radius: float) -> str | None:
         if not finite:
@@ -219,20 +231,56 @@ class Guard:
             return f"the spectral radius of A reached {radius:.3f}, above {self.max_radius:g}"
         return None
 
-    def _shorten(self, x: Tensor, look: Look) -> Look:
-        """Shorten the way since the last good state (G1) until a look passes, if one does."""
+    def _shorten(self, x: Tensor) -> bool:
+        """Shorten the way since the last good state (G1); return whether a look passes then."""
         controls, good = Controls(self.model), self._good[-1]
         end, start = controls.vector, good["parameters"]
         if len(end) != len(start) or not bool(end.isfinite().all()):
-            return look
+            return False
         for j in range(1, _SHORTENINGS + 1):
             controls.assign(start + 2.0**-j * (end - start))  # (G1)
-            look = self.look(x)
-            if look.reason is None:
+            if self.look(x).reason is None:
                 self._restore_optimizer(good)
+                self._remember()
                 self._fail(f"the way is shortened by {2**j}", "shortened")
+                return True
+        return False
+
+    def _calmed(self, x: Tensor) -> bool:
+        """Bring the radius of A down on a batch (G2); return whether a look passes then."""
+        before = Controls(self.model).vector
+        blocks = {id(p): p for layer in layers_of(self.model) for p in layer.block.parameters()}
+        parameters = [p for p in blocks.values() if p.requires_grad]
+        for seed in range(_ROUNDS):
+            with calls_recorded(self.model) as calls:
+                look = self.look(x)
+            if look.reason is None and not look.radius > _ROOM * self.max_radius:
                 break
-        return look
+            if not look.finite or not self._penalty_lowered(calls, parameters, seed):
+                break
+            self.counts["calmed"] += 1
+        if look.reason is not None:
+            Controls(self.model).assign(before)
+            return False
+        self._remember()
+        self._slow_down()
+        return True
+
+    def _penalty_lowered(self, calls: list[LayerCall], among: Sequence[Tensor], seed: int) -> bool:
+        """Take a step of (G2), if there is one."""
+        with torch.enable_grad():
+            penalty = penalty_of([self._slowest(call) for call in calls], seed)
+        if not isinstance(penalty, Tensor) or not penalty.requires_grad:
+            return False
+        found = torch.autograd.grad(penalty, among, allow_unused=True)
+        square = sum(float(g.square().sum()) for g in found if g is not None)
+        if not 0 < square < float("inf"):
+            return False
+        with torch.no_grad():
+            for p, g in zip(among, found, strict=True):
+                if g is not None:
+                    p.sub_(g, alpha=_DECREASE * float(penalty) / square)  # (G2)
+        return True
 
     def take_back(self, reason: str) -> None:
         """Go back to the last good state; where no step was taken since, to the one before it.
@@ -248,13 +296,12 @@ class Guard:
         good = self._good[-1]
         self.model.load_state_dict(good["model"])
         self._restore_optimizer(good)
-        self._since = 0
         self._fail(reason, "taken back")
 
     def _fail(self, reason: str, what: str) -> None:
         self.counts[what] += 1
         self._failures += 1
-        self.scale *= 0.5
+        self._slow_down()
         if self._failures >= _PERSISTENCE:
             raise ConvergenceError(
                 f"training cannot go on without losing the fixed points ({reason}), after "
@@ -262,6 +309,11 @@ class Guard:
                 "parameters with fixed points. Lower the learning rate, add a Jacobian penalty, or "
                 "take a block that is a contraction."
             )
+
+    def _slow_down(self) -> None:
+        self._since = 0
+        self._interval = max(1, self._interval // 2)
+        self.scale *= 0.5
 
     def _restore_optimizer(self, good: dict[str, Any]) -> None:
         """Return the optimizer's memory; its options stay."""
@@ -297,6 +349,7 @@ class Guard:
             "scale": self.scale,
             "counts": dict(self.counts),
             "since": self._since,
+            "interval": self._interval,
             "failures": self._failures,
             "good": list(self._good),
             "last_look": None if self.last_look is None else asdict(self.last_look),
@@ -306,6 +359,7 @@ class Guard:
         """Take over what `state_dict` gave."""
         self.scale, self.counts = state["scale"], dict(state["counts"])
         self._since, self._failures = state["since"], state["failures"]
+        self._interval = state["interval"]
         self._good = deque(state["good"], maxlen=_KEPT)
         self.last_look = None if state["last_look"] is None else Look(**state["last_look"])
 

@@ -15,7 +15,7 @@ from deqlqr.blocks import ConvBlock, DenseBlock
 from deqlqr.deq import DEQ
 
 SMALL_MODELS = ("dense", "conv")
-MODELS = (*SMALL_MODELS, "dense-large", "conv-large")
+MODELS = (*SMALL_MODELS, "dense-large", "dense-free", "conv-large")
 _LOOSE = 1e-3
 
 
@@ -46,6 +46,7 @@ def make_model(name: str, shape: Sequence[int], outputs: int, *, seed: int = 0) 
         "dense": _dense,
         "conv": _conv,
         "dense-large": _dense_large,
+        "dense-free": _dense_free,
         "conv-large": _conv_large,
     }
     with torch.random.fork_rng(devices=[]):
@@ -85,6 +86,11 @@ def _conv(image: Sequence[int], outputs: int, channels: int = 8) -> nn.Module:
 
 def _dense_large(image: Sequence[int], outputs: int, states: int = 87) -> nn.Module:
     block = DenseBlock(states, math.prod(image))
+    return nn.Sequential(nn.Flatten(), DEQ(block, tol=_LOOSE), nn.Linear(states, outputs))
+
+
+def _dense_free(image: Sequence[int], outputs: int, states: int = 87) -> nn.Module:
+    block = DenseBlock(states, math.prod(image), max_norm=None)
     return nn.Sequential(nn.Flatten(), DEQ(block, tol=_LOOSE), nn.Linear(states, outputs))
 
 

@@ -1,5 +1,6 @@
 """Data sets: shapes, split, determinism, and refusal of folders without MNIST."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deqlqr.data import Data, load_data
+from deqlqr.data import DATASETS, POINT_SETS, Data, load_data
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,79 @@ def test_the_surface_is_the_promised_one() -> None:
         expected = torch.sin(3 * x1) * torch.cos(2 * x2) + 0.3 * x1 * x2
         assert torch.allclose(y[:, 0], expected, atol=1e-14)
     assert len(torch.unique(data.train_x, dim=0)) == 400
+
+
+@pytest.mark.parametrize("name", POINT_SETS)
+def test_points_have_two_classes_that_take_turns(name: str) -> None:
+    data, again = load_data(name), load_data(name)
+    assert name in DATASETS and data.outputs == 2 and data.loss == "cross_entropy"
+    assert data.train_x.shape == (500, 2) and data.test_x.shape == (1000, 2)
+    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
+        assert x.dtype == torch.float32 and y.dtype == torch.int64
+        assert torch.equal(y, torch.arange(len(y)) % 2)
+        assert float(x.norm(dim=1).max()) <= math.hypot(1, 1) and len(torch.unique(x, dim=0)) > 490
+    for part in ("train_x", "train_y", "test_x", "test_y"):
+        assert torch.equal(getattr(data, part), getattr(again, part))
+    assert not torch.equal(data.train_x, data.test_x[:500])
+    both = torch.cat([data.train_x, data.test_x])
+    assert bool((both.amax(0) > -both.amin(0) / 2).all())  # about as far to either side
+
+
+def both_parts(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    data = load_data(name)
+    points = torch.cat([data.train_x, data.test_x]).double()
+    return points, torch.cat([data.train_y, data.test_y])
+
+
+def test_the_inner_interval_of_donut1d_lies_between_its_two_sides() -> None:
+    points, label = both_parts("donut1d")
+    t, spread = points.abs().unbind(1)
+    inner, sides = t[label == 1], t[label == 0]
+    assert 0.43 < float(inner.max()) <= 0.45 and float(spread.max()) <= 0.05
+    assert 0.55 <= float(sides.min()) < 0.57 and 0.98 < float(sides.max()) <= 1
+    for c in (0, 1):
+        assert 0.4 < float((points[label == c, 0] > 0).double().mean()) < 0.6
+        assert float(points[label == c, 0].double().abs().mean()) == pytest.approx(
+            (0.775, 0.225)[c], abs=0.02
+        )
+
+
+def test_the_disk_of_donut2d_lies_in_its_ring_and_both_are_uniform_in_area() -> None:
+    points, label = both_parts("donut2d")
+    square = points.square().sum(1)
+    disk, ring = square[label == 1], square[label == 0]
+    assert 0.24 < float(disk.max()) <= 0.25 and 0.36 <= float(ring.min()) < 0.37
+    assert 0.98 < float(ring.max()) <= 1 + 1e-6
+    assert float(disk.mean()) == pytest.approx(0.125, abs=0.01)
+    assert float(ring.mean()) == pytest.approx(0.68, abs=0.02)
+    assert float(points.mean(0).abs().max()) < 0.05
+
+
+def test_the_class_of_squares_is_the_sign_of_the_product() -> None:
+    points, label = both_parts("squares")
+    assert torch.equal((points.prod(1) > 0).long(), label)
+    assert 0.05 <= float(points.abs().min()) < 0.06 and 0.98 < float(points.abs().max()) <= 1
+    corners = torch.unique(points.sign(), dim=0, return_counts=True)[1]
+    assert corners.numel() == 4 and int(corners.min()) > 300
+
+
+def test_the_arms_of_the_spiral_are_the_promised_ones() -> None:
+    points, label = both_parts("spiral")
+    radius, angle = points.norm(dim=1), torch.atan2(points[:, 1], points[:, 0])
+
+    def distance(c: int) -> torch.Tensor:
+        turn = 2 * math.pi * torch.arange(-1, 3)
+        r = (angle[:, None] - math.pi * c + turn) / (3 * math.pi)
+        on_arm = (r >= 0.1 - 1e-6) & (r <= 1 + 1e-6)
+        return torch.where(on_arm, (radius[:, None] - r).abs(), torch.inf).amin(1)
+
+    own = torch.where(label == 1, distance(1), distance(0))
+    other = torch.where(label == 1, distance(0), distance(1))
+    assert 0.038 < float(own.max()) <= 0.04 + 1e-6 and float(other.min()) > 0.25
+    for c in (0, 1):
+        arm = radius[label == c]
+        assert float(arm.min()) < 0.2 and float(arm.max()) > 0.95
+        assert float(arm.square().mean()) == pytest.approx(0.505, abs=0.04)
 
 
 def test_an_unknown_data_set_is_refused() -> None:
