@@ -8,14 +8,9 @@ from torch import Tensor, nn
 
 from deqlqr._checks import choice
 from deqlqr.phases import PhaseMap
+from deqlqr.spectral_bound import operator_norm, within
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
-
-
-def _spectral_norm(V: Tensor) -> Tensor:
-    """Return ||V||_2, in float32 where V is in half precision."""
-    wide = V.float() if torch.finfo(V.dtype).bits < 32 else V
-    return torch.linalg.matrix_norm(wide, 2).to(V.dtype)
 
 
 class DenseBlock(nn.Module):
@@ -92,10 +87,7 @@ class DenseBlock(nn.Module):
     def weight(self) -> Tensor:
         """W (n, n), the trained matrix scaled down to the norm `max_norm` where it exceeds it."""
         V = self.state.weight
-        if self.max_norm is None:
-            return V
-        norm = _spectral_norm(V)
-        return V * torch.where(norm > self.max_norm, self.max_norm / norm, torch.ones_like(norm))
+        return V if self.max_norm is None else within(V, self.max_norm)
 
 
 class ConvBlock(nn.Module):
@@ -226,4 +218,4 @@ def _gain(norm: nn.GroupNorm) -> Tensor:
 
 def _conv_bound(conv: nn.Conv2d) -> Tensor:
     """Return k, a bound on the Lipschitz constant of a 3 x 3 convolution."""
-    return 3 * _spectral_norm(conv.weight.flatten(1))
+    return 3 * operator_norm(conv.weight.flatten(1))

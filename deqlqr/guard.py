@@ -5,13 +5,13 @@ fixed point, whether everything is finite, and at the spectral radius rho of A =
 samples that converge slowest. What passes is remembered. Where a look fails, the way gone since the
 last that passed is shortened,
 
-    (G1)  theta <- good + 2^-j (theta - good),   j = 1, 2, ...,   until a look passes,
+    (GU1)  theta <- good + 2^-j (theta - good),   j = 1, 2, ...,   until a look passes,
 
 or taken back, the optimizer's memory returns to what it was there, and its step length is halved;
 it recovers while looks pass. So that there is room to go on, the Jacobian penalty of the slowest
 samples is then brought down, at their states z as they are,
 
-    (G2)  theta <- theta - J1 / 5 g / |g|^2,   g = dJ1/dtheta,   until rho <= 0.9 of the largest.
+    (GU2)  theta <- theta - J1 / 5 g / |g|^2,   g = dJ1/dtheta,   until rho <= 0.9 of the largest.
 """
 
 import copy
@@ -32,12 +32,12 @@ from deqlqr.layer_calls import LayerCall, calls_recorded, failures_returned, lay
 from deqlqr.monitor import jacobian_radius, penalty_of
 from deqlqr.solution import ConvergenceError
 
-_SHORTENINGS = 4  # 2^-j of (G1) before the way is taken back
+_SHORTENINGS = 4  # 2^-j of (GU1) before the way is taken back
 _KEPT = 3  # states that have passed, to fall back on
 _RECOVERY = 1.2  # of the step length, at a look that passes
-_ROOM = 0.9  # of the largest radius, to which (G2) brings it down
-_DECREASE = 0.2  # of the penalty, in a step of (G2)
-_ROUNDS = 20  # steps of (G2)
+_ROOM = 0.9  # of the largest radius, to which (GU2) brings it down
+_DECREASE = 0.2  # of the penalty, in a step of (GU2)
+_ROUNDS = 20  # steps of (GU2)
 _PERSISTENCE = 12  # looks in a row that fail before training stops
 
 
@@ -87,7 +87,7 @@ class Guard:
         last_look: The last `Look`, or `None`.
         scale: Factor on the step length.
         counts: How many looks there were, how often the way was shortened or taken back, and how
-            many steps of (G2) were taken.
+            many steps of (GU2) were taken.
 
     Raises:
         ValueError: If an option is out of range.
@@ -232,13 +232,13 @@ class Guard:
         return None
 
     def _shorten(self, x: Tensor) -> bool:
-        """Shorten the way since the last good state (G1); return whether a look passes then."""
+        """Shorten the way since the last good state (GU1); return whether a look passes then."""
         controls, good = Controls(self.model), self._good[-1]
         end, start = controls.vector, good["parameters"]
         if len(end) != len(start) or not bool(end.isfinite().all()):
             return False
         for j in range(1, _SHORTENINGS + 1):
-            controls.assign(start + 2.0**-j * (end - start))  # (G1)
+            controls.assign(start + 2.0**-j * (end - start))  # (GU1)
             if self.look(x).reason is None:
                 self._restore_optimizer(good)
                 self._remember()
@@ -247,7 +247,7 @@ class Guard:
         return False
 
     def _calmed(self, x: Tensor) -> bool:
-        """Bring the radius of A down on a batch (G2); return whether a look passes then."""
+        """Bring the radius of A down on a batch (GU2); return whether a look passes then."""
         before = Controls(self.model).vector
         blocks = {id(p): p for layer in layers_of(self.model) for p in layer.block.parameters()}
         parameters = [p for p in blocks.values() if p.requires_grad]
@@ -267,7 +267,7 @@ class Guard:
         return True
 
     def _penalty_lowered(self, calls: list[LayerCall], among: Sequence[Tensor], seed: int) -> bool:
-        """Take a step of (G2), if there is one."""
+        """Take a step of (GU2), if there is one."""
         with torch.enable_grad():
             penalty = penalty_of([self._slowest(call) for call in calls], seed)
         if not isinstance(penalty, Tensor) or not penalty.requires_grad:
@@ -279,7 +279,7 @@ class Guard:
         with torch.no_grad():
             for p, g in zip(among, found, strict=True):
                 if g is not None:
-                    p.sub_(g, alpha=_DECREASE * float(penalty) / square)  # (G2)
+                    p.sub_(g, alpha=_DECREASE * float(penalty) / square)  # (GU2)
         return True
 
     def take_back(self, reason: str) -> None:

@@ -1,6 +1,6 @@
 """Equilibrium warm-up: a DEQ as a few iterations of its block, for the first steps of training.
 
-    (D3)  z_{k+1} = f(z_k, x),   k = 0, ..., depth - 1,   differentiated through all of them
+    (D5)  z_{k+1} = f(z_k, x),   k = 0, ..., depth - 1,   differentiated through all of them
 
 An untrained block may be far from a good fixed point, or have none; the shallow network with the
 same weights trains from anywhere, and leaves weights that a fixed-point solve can start from.
@@ -19,7 +19,7 @@ from deqlqr.deq import DEQ
 
 
 class Unrolled(nn.Module):
-    """A few iterations of a DEQ layer's block, from the layer's own start (D3).
+    """A few iterations of a DEQ layer's block, from the layer's own start (D5).
 
     Args:
         layer: The layer; its block is shared.
