@@ -21,17 +21,33 @@ from deqlqr.divergence import (
 )
 from deqlqr.equivalence import EquivalenceReport, EquivalenceRow, check_equivalence
 from deqlqr.fallback import Fallback
+from deqlqr.fields import ConvGradientField, Field, GradientField, LayerField, Monotonicity
 from deqlqr.fixed_point import fixed_point
+from deqlqr.gradient_step import GradientStep
+from deqlqr.guard import Guard, Look
 from deqlqr.input_cost import InputCost
 from deqlqr.layer_inverse import NeumannInverse, Phase
 from deqlqr.linearize import linearize
 from deqlqr.lqr import LQR
 from deqlqr.monitor import Monitor, Observation, jacobian_penalty, jacobian_radius
+from deqlqr.monotone import ConvMonotoneBlock, MonotoneBlock
 from deqlqr.newton_krylov import NewtonKrylov
 from deqlqr.optim import ImplicitNGD, StepReport
+from deqlqr.random_fields import ControlledODE, RandomFieldBlock, RandomFields
 from deqlqr.resolvent import LinearSolution, Resolvent
 from deqlqr.riccati import DareSolution, solve_dare
 from deqlqr.routes import Cyclic, Dare, Kronecker, Krylov, Output, Route, Sampled
+from deqlqr.runge_kutta import (
+    ConvGradientBlock,
+    GradientBlock,
+    RungeKuttaBlock,
+    RungeKuttaNet,
+    costate_step,
+    runge_kutta_step,
+)
+from deqlqr.runge_kutta import (
+    Costate as RungeKuttaCostate,
+)
 from deqlqr.search import Doubling
 from deqlqr.solution import (
     ConvergenceError,
@@ -43,6 +59,13 @@ from deqlqr.solution import (
 from deqlqr.solver import FixedPointSolution, Solver
 from deqlqr.solvers import Anderson, Broyden, Picard
 from deqlqr.spectral import spectral_radius
+from deqlqr.spectral_bound import (
+    SpectralBound,
+    SpectralProjection,
+    SpectralSphere,
+    bound_norm,
+    operator_norm,
+)
 from deqlqr.steady_state import SteadyState, static_step, steady_state
 from deqlqr.stein import (
     CyclicSteinSolution,
@@ -50,8 +73,11 @@ from deqlqr.stein import (
     solve_cyclic_stein,
     solve_stein,
 )
+from deqlqr.stiefel import Stiefel, orthonormal
 from deqlqr.sweeps import LayerDamping, Swept, sweep_chain, sweep_cycle
+from deqlqr.tableau import Tableau, make_tableau
 from deqlqr.torchdeq_solver import TorchDEQ
+from deqlqr.unrolled import Unrolled, unrolled
 
 __version__ = "0.1.0"
 
@@ -59,6 +85,34 @@ __all__ = [
     # blocks
     "DenseBlock",
     "ConvBlock",
+    "GradientBlock",
+    "ConvGradientBlock",
+    "MonotoneBlock",
+    "ConvMonotoneBlock",
+    "RandomFieldBlock",
+    "RungeKuttaBlock",
+    # vector fields, and explicit networks along them
+    "Field",
+    "Monotonicity",
+    "GradientField",
+    "ConvGradientField",
+    "LayerField",
+    "RandomFields",
+    "Tableau",
+    "make_tableau",
+    "runge_kutta_step",
+    "costate_step",
+    "RungeKuttaCostate",
+    "RungeKuttaNet",
+    "ControlledODE",
+    # parametrisations
+    "bound_norm",
+    "SpectralBound",
+    "SpectralProjection",
+    "SpectralSphere",
+    "operator_norm",
+    "orthonormal",
+    "Stiefel",
     # fixed point
     "fixed_point",
     "Solver",
@@ -128,6 +182,11 @@ __all__ = [
     "Krylov",
     "Kronecker",
     "StepReport",
+    "GradientStep",
+    "Guard",
+    "Look",
+    "unrolled",
+    "Unrolled",
     # check
     "check_equivalence",
     "EquivalenceReport",

@@ -158,9 +158,8 @@ class DEQ(nn.Module):
         else:
             shape = StateShape((tuple(x.shape[1:]),), True)
         real = x if x.is_floating_point() else next(self.block.parameters(), torch.empty(0))
-        return shape.unflatten(
-            torch.zeros(x.shape[0], shape.size, dtype=real.dtype, device=x.device)
-        )
+        # Made from x, so that a look at what a model does with its data sees it as data.
+        return shape.unflatten(x.new_zeros(x.shape[0], shape.size, dtype=real.dtype))
 
     def resolvent(self, z: Any, *inputs: Any, **shared: Any) -> Resolvent:
         """Return (I - A')^-1 at the fixed point z, for any number of cotangents.

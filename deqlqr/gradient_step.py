@@ -60,13 +60,16 @@ class GradientStep:
             The loss before the step, without the penalty.
 
         Raises:
+            ValueError: If outputs and targets do not fit the loss.
             ConvergenceError: If a sample has no fixed point or the loss is not finite.
         """
         first: list[Tensor] = []
 
         def closure() -> Tensor:
             with calls_recorded(self.model) as calls:
-                loss = self.loss(self.model(x), y)
+                outputs = self.model(x)
+                self.loss.check(outputs, y)
+                loss = self.loss(outputs, y)
             if not first:
                 first.append(loss.detach())
             if not bool(loss.isfinite()):

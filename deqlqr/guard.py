@@ -2,16 +2,19 @@
 
 Every few steps the guard looks at the model on the batch just used: whether all samples have a
 fixed point, whether everything is finite, and at the spectral radius rho of A = df/dz of the
-samples that converge slowest. What passes is remembered. Where a look fails, the way gone since the
-last that passed is shortened,
+samples that converge slowest. What passes is remembered. Where a look fails, the guard first tries
+to go on from there: it brings down the growth (J3) of the slowest samples, at their states z,
 
-    (GU1)  theta <- good + 2^-j (theta - good),   j = 1, 2, ...,   until a look passes,
+    (GU1)  theta <- theta - 2/5 J3 g / |g|^2,   g = dJ3/dtheta,   until rho <= 0.9 of the largest.
 
-or taken back, the optimizer's memory returns to what it was there, and its step length is halved;
-it recovers while looks pass. So that there is room to go on, the Jacobian penalty of the slowest
-samples is then brought down, at their states z as they are,
+and steps become a little shorter. If no look passes then, the way gone since the last good state is
+shortened,
 
-    (GU2)  theta <- theta - J1 / 5 g / |g|^2,   g = dJ1/dtheta,   until rho <= 0.9 of the largest.
+    (GU2)  theta <- good + 2^-j (theta - good),   j = 1, 2, ...,   until a look passes,
+
+or taken back, with the optimizer's memory, and the step length is halved. It recovers while looks
+pass. After a failure the looks come closer together, up to one after each step. The loss is the
+optimizer's business: only that it is finite is asked for.
 """
 
 import copy
@@ -29,15 +32,18 @@ from deqlqr._checks import at_least, count
 from deqlqr.batch import statistics_held
 from deqlqr.controls import Controls
 from deqlqr.layer_calls import LayerCall, calls_recorded, failures_returned, layers_of
-from deqlqr.monitor import jacobian_radius, penalty_of
+from deqlqr.monitor import jacobian_growth, jacobian_radius
 from deqlqr.solution import ConvergenceError
 
-_SHORTENINGS = 4  # 2^-j of (GU1) before the way is taken back
+_SHORTENINGS = 4  # 2^-j of (GU2) before the way is taken back
 _KEPT = 3  # states that have passed, to fall back on
+_CAUTION = 0.8  # factor on the step length after (GU1)
 _RECOVERY = 1.2  # of the step length, at a look that passes
-_ROOM = 0.9  # of the largest radius, to which (GU2) brings it down
-_DECREASE = 0.2  # of the penalty, in a step of (GU2)
-_ROUNDS = 20  # steps of (GU2)
+_ROOM = 0.9  # of the largest radius, to which (GU1) brings it down
+_DECREASE = 0.4  # of the growth, in a step of (GU1)
+_WIDER = 4  # times the samples of a look take part in (GU1): once it is done, others are slowest
+_ROUNDS = 20  # steps of (GU1)
+_SHORTEST = 2.0**-10  # factor on the step length
 _PERSISTENCE = 12  # looks in a row that fail before training stops
 
 
@@ -87,7 +93,7 @@ class Guard:
         last_look: The last `Look`, or `None`.
         scale: Factor on the step length.
         counts: How many looks there were, how often the way was shortened or taken back, and how
-            many steps of (GU2) were taken.
+            many steps of (GU1) were taken.
 
     Raises:
         ValueError: If an option is out of range.
@@ -149,13 +155,18 @@ class Guard:
             if look.reason is not None:
                 raise ConvergenceError(f"training cannot start: {look.reason}.")
             self._remember()
+        controls = Controls(self.model)
         while True:
+            before = controls.vector
             try:
                 with self._rates_scaled():
                     loss = self.stepper.step(x, y)
                 break
             except ConvergenceError as error:
-                if not self._calmed(x):
+                controls.assign(before)  # a line search may have left them on its way
+                if self._calmed(x):
+                    self._fail(str(error))
+                else:
                     self.take_back(str(error))
                     self._calmed(x)
         self._since += 1
@@ -201,19 +212,21 @@ class Guard:
         failed, radius = 0.0, float("nan")
         for call in calls:
             assert call.layer.solution is not None  # noqa: S101
-            failed = max(failed, 1.0 - float(call.layer.solution.converged.double().mean()))
+            converged = call.layer.solution.converged
+            failed = max(failed, int((~converged).sum()) / max(len(converged), 1))
         if finite and calls:
-            radius = max(_radius(self._slowest(call)) for call in calls)
+            radius = max(_radius(self._slowest(call, self.samples)) for call in calls)
         self.counts["looks"] += 1
         self.last_look = Look(failed, finite, radius, self._reason(failed, finite, radius))
         return self.last_look
 
-    def _slowest(self, call: LayerCall) -> LayerCall:
+    @staticmethod
+    def _slowest(call: LayerCall, samples: int) -> LayerCall:
         """Return the samples of a call that took most evaluations."""
         solution = call.layer.solution
         assert solution is not None  # noqa: S101
         batch = len(solution.evaluations)
-        slowest = solution.evaluations.topk(min(self.samples, batch)).indices
+        slowest = solution.evaluations.topk(min(samples, batch)).indices
 
         def part(value: Any) -> Any:
             sample = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
@@ -232,54 +245,60 @@ class Guard:
         return None
 
     def _shorten(self, x: Tensor) -> bool:
-        """Shorten the way since the last good state (GU1); return whether a look passes then."""
+        """Shorten the way since the last good state (GU2); return whether a look passes then."""
         controls, good = Controls(self.model), self._good[-1]
         end, start = controls.vector, good["parameters"]
         if len(end) != len(start) or not bool(end.isfinite().all()):
             return False
         for j in range(1, _SHORTENINGS + 1):
-            controls.assign(start + 2.0**-j * (end - start))  # (GU1)
+            controls.assign(start + 2.0**-j * (end - start))  # (GU2)
             if self.look(x).reason is None:
                 self._restore_optimizer(good)
                 self._remember()
-                self._fail(f"the way is shortened by {2**j}", "shortened")
+                self.counts["shortened"] += 1
+                self._fail(f"the way is shortened by {2**j}")
                 return True
         return False
 
     def _calmed(self, x: Tensor) -> bool:
-        """Bring the radius of A down on a batch (GU2); return whether a look passes then."""
-        before = Controls(self.model).vector
+        """Bring the radius of A down on a batch (GU1); return whether that made a look pass."""
+        controls, steps = Controls(self.model), 0
+        before = controls.vector
         blocks = {id(p): p for layer in layers_of(self.model) for p in layer.block.parameters()}
         parameters = [p for p in blocks.values() if p.requires_grad]
-        for seed in range(_ROUNDS):
+        while True:
             with calls_recorded(self.model) as calls:
                 look = self.look(x)
-            if look.reason is None and not look.radius > _ROOM * self.max_radius:
+            room = steps == 0 or not look.radius > _ROOM * self.max_radius
+            if (look.reason is None and room) or steps == _ROUNDS or not look.finite:
                 break
-            if not look.finite or not self._penalty_lowered(calls, parameters, seed):
+            if not self._growth_lowered(calls, parameters):
                 break
-            self.counts["calmed"] += 1
+            steps += 1
+        self.counts["calmed"] += steps
         if look.reason is not None:
-            Controls(self.model).assign(before)
-            return False
-        self._remember()
-        self._slow_down()
-        return True
+            controls.assign(before)
+        elif steps:
+            self._remember()
+            self._slow_down(_CAUTION)
+        return look.reason is None and steps > 0
 
-    def _penalty_lowered(self, calls: list[LayerCall], among: Sequence[Tensor], seed: int) -> bool:
-        """Take a step of (GU2), if there is one."""
+    def _growth_lowered(self, calls: Sequence[LayerCall], among: Sequence[Tensor]) -> bool:
+        """Take a step of (GU1), if there is one."""
         with torch.enable_grad():
-            penalty = penalty_of([self._slowest(call) for call in calls], seed)
-        if not isinstance(penalty, Tensor) or not penalty.requires_grad:
+            parts = [self._slowest(call, _WIDER * self.samples) for call in calls]
+            grown = [jacobian_growth(c.layer, c.z, *c.inputs, **c.shared) for c in parts]
+        growth = torch.stack(grown).sum() if grown else torch.zeros(())
+        if not growth.requires_grad:
             return False
-        found = torch.autograd.grad(penalty, among, allow_unused=True)
+        found = torch.autograd.grad(growth, among, allow_unused=True)
         square = sum(float(g.square().sum()) for g in found if g is not None)
         if not 0 < square < float("inf"):
             return False
         with torch.no_grad():
             for p, g in zip(among, found, strict=True):
                 if g is not None:
-                    p.sub_(g, alpha=_DECREASE * float(penalty) / square)  # (GU2)
+                    p.sub_(g, alpha=_DECREASE * float(growth) / square)  # (GU1)
         return True
 
     def take_back(self, reason: str) -> None:
@@ -296,12 +315,12 @@ class Guard:
         good = self._good[-1]
         self.model.load_state_dict(good["model"])
         self._restore_optimizer(good)
-        self._fail(reason, "taken back")
+        self.counts["taken back"] += 1
+        self._fail(reason)
 
-    def _fail(self, reason: str, what: str) -> None:
-        self.counts[what] += 1
+    def _fail(self, reason: str) -> None:
         self._failures += 1
-        self._slow_down()
+        self._slow_down(0.5)
         if self._failures >= _PERSISTENCE:
             raise ConvergenceError(
                 f"training cannot go on without losing the fixed points ({reason}), after "
@@ -310,10 +329,10 @@ class Guard:
                 "take a block that is a contraction."
             )
 
-    def _slow_down(self) -> None:
-        self._since = 0
-        self._interval = max(1, self._interval // 2)
-        self.scale *= 0.5
+    def _slow_down(self, factor: float) -> None:
+        """Take shorter steps, and look more often."""
+        self._since, self._interval = 0, max(1, self._interval // 2)
+        self.scale = max(factor * self.scale, _SHORTEST)
 
     def _restore_optimizer(self, good: dict[str, Any]) -> None:
         """Return the optimizer's memory; its options stay."""

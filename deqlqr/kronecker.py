@@ -27,7 +27,8 @@ tensor made from it (an orthogonal weight), or with its transpose, has its own r
 which is (K4) where D is one g a'. A, G, S are moving averages.
 
 Source: J. Martens, R. Grosse (2015), arXiv:1503.05671; R. Grosse, J. Martens (2016),
-arXiv:1602.01407 (convolutions); T. George et al. (2018), arXiv:1806.03884 (corrected).
+arXiv:1602.01407 (convolutions); T. George et al. (2018), arXiv:1806.03884 (corrected);
+D. Morwani et al. (2024), arXiv:2406.17748 (K7).
 """
 
 from collections import defaultdict
@@ -199,7 +200,7 @@ class Factors:
             if key.startswith(_JOINT) and self._known(names):
                 places = self._places(names)
                 if len(state["S"]) == len(places) + len(V):
-                    S = state["S"] / float(state["weight"])
+                    S = state["S"] / state["weight"]
                     return Joint(places, S, V.index_fill(1, places, 0.0))
         return None
 
@@ -292,13 +293,13 @@ class Factors:
         for key, new in self._new.items():
             if not all(bool(value.isfinite().all()) for value in new.values()):
                 continue
-            state = self.memory.setdefault(key, {"weight": torch.zeros((), dtype=torch.float64)})
+            state = self.memory.setdefault(key, {"weight": 0.0})
             state["weight"] = self.keep * state["weight"] + (1 - self.keep)
             for what, value in new.items():
                 keep = self.keep
                 if what == "s":  # which starts as the product of the factors' eigenvalues
                     state["looks"] = state["looks"] + 1
-                    keep = min(keep, 1 - 1 / float(state["looks"]))
+                    keep = min(keep, 1 - 1 / state["looks"])
                 past = state.get(what, torch.zeros_like(value))
                 state[what] = keep * past + (1 - keep) * value
         self._new.clear()
@@ -318,18 +319,17 @@ class Factors:
                 continue
             (l_A, U_A), (l_G, U_G) = (_eigen(X) for X in _averages(state))
             defect = torch.maximum(_defect(U_A), _defect(U_G))
-            looks = torch.ones((), dtype=torch.float64)
-            state.update(U_A=U_A, U_G=U_G, s=l_G[:, None] * l_A, looks=looks, defect=defect)
+            state.update(U_A=U_A, U_G=U_G, s=l_G[:, None] * l_A, looks=1, defect=defect)
 
     def spectrum(self, key: str) -> Tensor:
         """Return s of (K5), or the diagonal of a parameter that is in no layer."""
         state = self.memory[key]
-        return state["s"] if "s" in state else state["D"] / float(state["weight"])
+        return state["s"] if "s" in state else state["D"] / state["weight"]
 
 
 def _averages(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return A and G of a layer (K4), or of a parameter with rows of its own (K7)."""
-    weight = float(state["weight"])
+    weight = state["weight"]
     A, G = state["A"] / weight, state["G"] / weight
     if "trace" in state:
         A = A / (state["trace"] / weight).clamp(min=torch.finfo(A.dtype).tiny)
@@ -358,7 +358,7 @@ def dense_metric(factors: Factors) -> Tensor:
         state = factors.memory["+".join(member.token for member in block.members)]
         if block.basis is None:
             place = numbers[block.members[0].name].reshape(-1)
-            C[place, place] += state["D"].reshape(-1) / float(state["weight"])
+            C[place, place] += state["D"].reshape(-1) / state["weight"]
         else:
             columns = [member.matrix(numbers[member.name]) for member in block.members]
             place = torch.cat(columns, dim=1).reshape(-1)

@@ -13,10 +13,25 @@ from torch import nn
 from deqlqr._checks import choice
 from deqlqr.blocks import ConvBlock, DenseBlock
 from deqlqr.deq import DEQ
+from deqlqr.monotone import MonotoneBlock
+from deqlqr.random_fields import RandomFieldBlock
+from deqlqr.runge_kutta import GradientBlock, RungeKuttaNet
 
 SMALL_MODELS = ("dense", "conv")
-MODELS = (*SMALL_MODELS, "dense-large", "dense-free", "conv-large")
+_LARGE = ("dense-large", "dense-free", "gradient", "gradient-kutta4", "monotone", "random-fields")
+# The slides' explicit networks: method and step sizes.
+NETS = {
+    "resnet": ("euler", "fixed"),
+    "improved-euler": ("improved-euler", "fixed"),
+    "kutta3": ("kutta3", "fixed"),
+    "kutta4": ("kutta4", "fixed"),
+    "odenet": ("euler", "learned"),
+    "odenet-simplex": ("euler", "simplex"),
+}
+MODELS = (*SMALL_MODELS, *_LARGE, "conv-large", "net", *NETS)
 _LOOSE = 1e-3
+_FASTER = 6.0  # the initial weights of vectors, whose classes lie close together
+_LAYERS, _TIME = 15, 8.0  # of the slides' networks: layers, and the sum of their steps
 
 
 def make_model(name: str, shape: Sequence[int], outputs: int, *, seed: int = 0) -> nn.Module:
@@ -24,10 +39,14 @@ def make_model(name: str, shape: Sequence[int], outputs: int, *, seed: int = 0) 
 
     Args:
         name: `"dense"`: a tanh `DenseBlock`, for images with 16 states behind one convolution, for
-            vectors with 32 states and no bound on its norm; `"conv"`: the thesis' toy `ConvBlock`
-            with 12 inner channels, on a state of 8 channels and 2 x 2 pixels; `"dense-large"`: a
-            `DenseBlock` with 87 states straight from the pixels; `"conv-large"`: the toy block on
-            8 channels at a quarter of the resolution. The large ones solve to 1e-3.
+            vectors with 32 states, and no bound on its norm if there is one output; `"conv"`: the
+            thesis' toy `ConvBlock` with 12 inner channels, on a state of 8 channels and 2 x 2
+            pixels. Larger ones, which solve to 1e-3, with 87 states straight from the pixels (32
+            for vectors): `"dense-large"`: a `DenseBlock`; `"dense-free"`: the same without a bound;
+            `"gradient"` and `"gradient-kutta4"`: a `GradientBlock` by two methods; `"monotone"`: a `MonotoneBlock`; `"random-fields"`: a
+            `RandomFieldBlock` of 7 fields. `"conv-large"`: the toy block on 8 channels at a quarter
+            of the resolution. Explicit networks of 15 layers in the plane, for vectors: `"net"`, a
+            plain one, and those of `NETS`, Runge-Kutta steps with fixed or trained lengths.
         shape: Shape of one sample; images at least 8 x 8.
         outputs: Number of outputs.
         seed: Of the initial parameters.
@@ -40,18 +59,19 @@ def make_model(name: str, shape: Sequence[int], outputs: int, *, seed: int = 0) 
     image = len(shape) == 3
     if image and min(shape[1:]) < 8:
         raise ValueError(f"shape of an image must be at least 8 x 8, got {tuple(shape)}.")
-    if not image and (len(shape) != 1 or name != "dense"):
+    explicit = name == "net" or name in NETS
+    if image and explicit:
+        raise ValueError(f"model {name!r} takes vectors, got samples of shape {tuple(shape)}.")
+    if not image and (len(shape) != 1 or "conv" in name):
         raise ValueError(f"model {name!r} takes images, got samples of shape {tuple(shape)}.")
-    makers = {
-        "dense": _dense,
-        "conv": _conv,
-        "dense-large": _dense_large,
-        "dense-free": _dense_free,
-        "conv-large": _conv_large,
-    }
+    makers = {"dense": _dense if image else _surface, "conv": _conv, "conv-large": _conv_large}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return (makers[name] if image else _surface)(shape, outputs)
+        if explicit:
+            return _net(name, shape[0], outputs)
+        if name in makers:
+            return makers[name](shape, outputs)
+        return _large(name, shape, outputs)
 
 
 def check_seed(seed: int) -> None:
@@ -84,14 +104,44 @@ def _conv(image: Sequence[int], outputs: int, channels: int = 8) -> nn.Module:
     )
 
 
-def _dense_large(image: Sequence[int], outputs: int, states: int = 87) -> nn.Module:
-    block = DenseBlock(states, math.prod(image))
-    return nn.Sequential(nn.Flatten(), DEQ(block, tol=_LOOSE), nn.Linear(states, outputs))
+def _large(name: str, shape: Sequence[int], outputs: int) -> nn.Module:
+    inputs, image = math.prod(shape), len(shape) == 3
+    states = 87 if image else 32
+    block: nn.Module
+    if name == "monotone":
+        block = MonotoneBlock(states, inputs, splitting="peaceman-rachford")
+    elif name.startswith("gradient"):
+        method = "kutta4" if name.endswith("kutta4") else "euler"
+        if image:
+            block = GradientBlock(states, None, inputs, method=method)
+        else:
+            block = GradientBlock(states, 2 * states, inputs, method=method, max_norm=4.0)
+    elif name == "random-fields":
+        block = RandomFieldBlock(states, 7, inputs)
+    else:
+        block = DenseBlock(states, inputs, max_norm=None if name == "dense-free" else 0.9)
+    if not image:
+        _vary_faster(block, inputs)
+    after = [nn.ReLU()] if name == "monotone" else []
+    layer = DEQ(block, tol=_LOOSE if image else None)
+    return nn.Sequential(nn.Flatten(), layer, *after, nn.Linear(states, outputs))
 
 
-def _dense_free(image: Sequence[int], outputs: int, states: int = 87) -> nn.Module:
-    block = DenseBlock(states, math.prod(image), max_norm=None)
-    return nn.Sequential(nn.Flatten(), DEQ(block, tol=_LOOSE), nn.Linear(states, outputs))
+@torch.no_grad()
+def _vary_faster(block: nn.Module, inputs: int) -> None:
+    """Let the initial state vary over the distances between classes of points in the plane."""
+    for module in block.modules():
+        if isinstance(module, nn.Linear) and module.in_features == inputs:
+            module.weight *= _FASTER
+
+
+def _net(name: str, inputs: int, outputs: int) -> nn.Module:
+    if name == "net":
+        layers = [layer for _ in range(_LAYERS) for layer in (nn.Linear(inputs, inputs), nn.Tanh())]
+        return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+    method, steps = NETS[name]
+    net = RungeKuttaNet.of_layers(inputs, _LAYERS, method, total=_TIME, steps=steps)
+    return nn.Sequential(net, nn.Linear(inputs, outputs))
 
 
 def _conv_large(image: Sequence[int], outputs: int, channels: int = 8) -> nn.Module:
@@ -104,5 +154,5 @@ def _conv_large(image: Sequence[int], outputs: int, channels: int = 8) -> nn.Mod
 
 
 def _surface(shape: Sequence[int], outputs: int, states: int = 32) -> nn.Module:
-    block = DenseBlock(states, max_norm=None)
+    block = DenseBlock(states, max_norm=None if outputs == 1 else 0.9)
     return nn.Sequential(nn.Linear(shape[0], states), DEQ(block), nn.Linear(states, outputs))

@@ -1,17 +1,20 @@
 """What to watch while a DEQ trains: evaluations, residual, failures, and the spectral radius of A.
 
     (J1)  penalty = E ||A'e||_2^2 / n,   e standard normal:  ||A||_F^2 / n
+    (J3)  growth = mean ||A'e||_2^2,   e = (A')^k r / ||(A')^k r||,  r random
 
 Plain iteration converges while the spectral radius of A = df/dz at the fixed point is below 1, and
 an adjoint error is amplified by about 1 / (1 - radius). The radius is a limit, not a Rayleigh
-quotient, so that it is right for matrices that are not normal.
+quotient, so that it is right for matrices that are not normal. The growth (J3) is about radius^2
+for large k; to lower it with e held is the shortest way to a smaller radius.
 
 Source of (J1): S. Bai, V. Koltun, J. Z. Kolter (2021), Stabilizing equilibrium models by Jacobian
 regularization, arXiv:2106.14342.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +24,7 @@ from torch import Tensor
 from deqlqr._checks import at_least
 from deqlqr.call import Call
 from deqlqr.deq import DEQ
-from deqlqr.equilibrium import pullback
+from deqlqr.equilibrium import pullback, pullback_at
 from deqlqr.layer_calls import LayerCall
 from deqlqr.resolvent import Product, matrix_of
 
@@ -122,13 +125,18 @@ def jacobian_radius(layer: DEQ, z: Any, *inputs: Any, **shared: Any) -> Tensor:
     """
     call = Call(layer, inputs, shared, z)
     at = call.start
-    devices = [at.device] if at.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        f = lambda z: call.evaluate(z, *call.tensors)
-        product = lambda v: torch.func.jvp(f, (at,), (v,))[1]
+    with _random_numbers_kept(at):
+        product = pullback_at(call.evaluate, at, call.tensors)  # A', which has the same eigenvalues
         if at.shape[1] <= 64:
             return _eigenvalue_radius(matrix_of(product, at))
         return _ritz_radius(product, at)
+
+
+@contextmanager
+def _random_numbers_kept(like: Tensor) -> Generator[None, None, None]:
+    devices = [like.device] if like.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        yield
 
 
 def _eigenvalue_radius(A: Tensor) -> Tensor:
@@ -140,14 +148,9 @@ def _eigenvalue_radius(A: Tensor) -> Tensor:
 
 def _ritz_radius(product: Product, like: Tensor) -> Tensor:
     """Return the largest Ritz value by Arnoldi's process, after a power iteration."""
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
     norm = lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     tiny = torch.finfo(like.dtype).tiny
-    v = v / norm(v)
-    for _ in range(_POWERS):
-        v = product(v)
-        v = v / norm(v).clamp(min=tiny)
+    v = _led(product, like)
     basis, H = [v], like.new_zeros(len(like), _KRYLOV + 1, _KRYLOV)
     for k in range(_KRYLOV):
         w = product(basis[-1])
@@ -162,6 +165,34 @@ def _ritz_radius(product: Product, like: Tensor) -> Tensor:
         small = size <= 1e2 * torch.finfo(w.dtype).eps * norm(H[:, : k + 1, k])
         basis.append(torch.where(small, 0.0, w / size.clamp(min=tiny)))
     return _eigenvalue_radius(H[:, :-1])
+
+
+def _led(product: Product, like: Tensor) -> Tensor:
+    """Return unit vectors (batch, n) near the dominant part of a matrix, by a power iteration."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    tiny = torch.finfo(like.dtype).tiny
+    for _ in range(_POWERS + 1):
+        v = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp(min=tiny)
+        last, v = v, product(v)
+    return last
+
+
+def jacobian_growth(layer: DEQ, z: Any, *inputs: Any, **shared: Any) -> Tensor:
+    """Return (J3), a scalar; differentiable in the parameters, the inputs and z.
+
+    Args:
+        layer: The DEQ layer.
+        z: State, `(batch, *state)` or a tuple of such.
+        inputs: The layer's inputs, of the same samples.
+        shared: Its keywords.
+    """
+    call = Call(layer, inputs, shared, z)
+    with _random_numbers_kept(call.start):
+        e = _led(pullback_at(call.evaluate, call.start, call.tensors), call.start)
+    at = call.shape.flatten(z)
+    _, pull = pullback(lambda z: call.evaluate(z, *call.tensors), at)
+    return pull(e.to(at.dtype))[0].square().sum() / len(at)
 
 
 def jacobian_penalty(

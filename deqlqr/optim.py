@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from deqlqr._checks import at_least, count
 from deqlqr._linalg import full_precision
@@ -240,7 +241,7 @@ class ImplicitNGD(torch.optim.Optimizer):
         }
         super().__init__(self._grouped(param_groups), defaults)
         # What belongs to all groups lives in the first, so that `state_dict` holds it.
-        self.param_groups[0].update(step=0, damping_factor=1.0, counts={})
+        self.param_groups[0].update(step=0, damping_factor=1.0, counts={}, unchecked=None)
 
     def _grouped(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the user's groups, and one of all other parameters."""
@@ -292,12 +293,14 @@ class ImplicitNGD(torch.optim.Optimizer):
             The loss before the step; `last_step` says what was done.
 
         Raises:
-            ValueError: If the data do not fit the model or the loss; nothing has changed then.
+            ValueError: If the data do not fit the model or the loss, or within
+                `torch.nn.utils.parametrize.cached`; nothing has changed then.
             ConvergenceError: If a sample has no fixed point at the current parameters, nor at
                 those before the last step; the parameters are the former.
         """
         if callable(x):
             raise ValueError("step takes a batch (x, y), not a closure.")
+        _require_no_cache()
         self._keep_up_with_freezing()
         at = self._batch(x, y)
         local, rolled_back = self._linearize(at)
@@ -329,6 +332,8 @@ class ImplicitNGD(torch.optim.Optimizer):
             local, tried, accepted, ratio, self._damping(factor), tuple(rejections), rolled_back
         )
         self._remember("previous", before if accepted else None)
+        # The loss before a step that was taken and not looked at.
+        first["unchecked"] = float(local.loss) if accepted and not checked else None
         first["damping_factor"] = self._next_factor(factor, bool(rejections), ratio)
         first["step"] += 1
         self._count("rejected", len(rejections))
@@ -394,12 +399,9 @@ class ImplicitNGD(torch.optim.Optimizer):
         return local, True
 
     def _worse(self, at: Batch, local: Local, current: Tensor, previous: Tensor) -> bool:
-        last = self.last_step
-        unchecked = last is not None and last.accepted and last.loss_after != last.loss_after
-        if last is None or not unchecked:
-            return False
+        last = self.param_groups[0]["unchecked"]
         now = float(local.loss)
-        if now <= _SUSPICIOUS * max(last.loss, 1e-6):
+        if last is None or now <= _SUSPICIOUS * max(last, 1e-6):
             return False
         self.controls.try_out(previous)
         try:
@@ -615,6 +617,15 @@ class ImplicitNGD(torch.optim.Optimizer):
             iterations=direction.iterations,
             truncation=direction.truncation,
             layer_damping=direction.layer_damping,
+        )
+
+
+def _require_no_cache() -> None:
+    """Refuse torch's cache: it would keep weights made before the parameters moved."""
+    if parametrize._cache_enabled:
+        raise ValueError(
+            "step must be called outside torch.nn.utils.parametrize.cached(), whose weights stay "
+            "as they were before the parameters changed, got a call inside."
         )
 
 

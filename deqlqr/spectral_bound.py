@@ -3,7 +3,7 @@
 For W = U S V', a function f of the singular values that is odd makes f(W) = U f(S) V'. Its
 derivative along E is, with F = U'EV, F+ and F- the symmetric and skew parts of F (Daleckii, Krein),
 
-    U (G- o F+ + G+ o F-) V'  +  (I - UU') E V (f/s) V'  +  U (f/s) U'E (I - VV')             (N2)
+    U (G- o F+ + G+ o F-) V'  +  (I - UU') E V (f/s) V'  +  U (f/s) U'E (I - VV')             (SB2)
     G-_ij = (f_i - f_j) / (s_i - s_j),    G+_ij = (f_i + f_j) / (s_i + s_j)
 
 with f' in place of a quotient 0/0: it stays finite where singular values are equal, or zero.
@@ -33,7 +33,7 @@ def operator_norm(weight: Tensor) -> Tensor:
     Of a matrix the exact 2-norm. Of a kernel (out, in, *k) a bound on the convolution's norm on
     images of any size, zero-padded or circular, of any stride and dilation:
 
-        prod(k)^1/2  min_r ||weight as the matrix r||_2                                       (N1)
+        prod(k)^1/2  min_r ||weight as the matrix r||_2                                       (SB1)
 
     over the 2^d matrices r that take each of the d kernel axes to the rows, with `out`, or to the
     columns, with `in`. Half precision is computed in float32. Where the largest singular value is
@@ -60,7 +60,7 @@ def operator_norm(weight: Tensor) -> Tensor:
     # columns. Zero padding is a part of a circular convolution of a larger image, a stride drops
     # outputs, a dilation multiplies w.
     norms = torch.stack([_Norm.apply(matrix) for matrix in _matrices(_wide(weight))])
-    return (norms.amin(0) * prod(weight.shape[2:]) ** 0.5).to(weight.dtype)  # (N1)
+    return (norms.amin(0) * prod(weight.shape[2:]) ** 0.5).to(weight.dtype)  # (SB1)
 
 
 def within(weight: Tensor, max_norm: float) -> Tensor:
@@ -80,7 +80,7 @@ def clipped(weight: Tensor, max_norm: float) -> Tensor:
     """Return the weight nearest to this one with norm at most `max_norm`.
 
     Of a matrix, singular values above `max_norm` are set to it. Of a kernel (out, in, *k) those of
-    the matrix (out, in prod(k)) above max_norm / prod(k)^1/2: by (N1) the convolution's norm is
+    the matrix (out, in prod(k)) above max_norm / prod(k)^1/2: by (SB1) the convolution's norm is
     then at most `max_norm`. Second derivatives are right where the singular values differ from each
     other and from the bound; where they do not, they may be NaN.
 
@@ -248,7 +248,7 @@ def parameter_of(module: nn.Module, name: str) -> Tensor:
 
 
 def _require_bounded(conv: nn.modules.conv._ConvNd) -> None:
-    """Refuse a padding that repeats outputs or pixels, for which (N1) is no bound."""
+    """Refuse a padding that repeats outputs or pixels, for which (SB1) is no bound."""
     if conv.padding_mode not in ("zeros", "circular"):
         raise ValueError(
             "module must have padding_mode 'zeros' or 'circular', got "
@@ -304,7 +304,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _SpectralMap(torch.autograd.Function):
-    """U f(S) V' of a matrix, f giving the values and what stands for 0/0 in (N2)."""
+    """U f(S) V' of a matrix, f giving the values and what stands for 0/0 in (SB2)."""
 
     generate_vmap_rule = True
 
@@ -325,7 +325,7 @@ class _SpectralMap(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
         (W,) = ctx.saved_tensors
         with full_precision(W):
-            return _derivative(W, cotangents[0], ctx.f), None  # (N2) is self-adjoint
+            return _derivative(W, cotangents[0], ctx.f), None  # (SB2) is self-adjoint
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -335,7 +335,7 @@ class _SpectralMap(torch.autograd.Function):
 
 
 def _derivative(W: Tensor, E: Tensor, f: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-    """Return (N2) in differentiable operations."""
+    """Return (SB2) in differentiable operations."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     value, slope = f(S)
     F = U.mT @ E @ Vh.mT
@@ -345,7 +345,7 @@ def _derivative(W: Tensor, E: Tensor, f: Callable[[Tensor], tuple[Tensor, Tensor
     ratio = _quotient(value, S, slope)
     left = ((E @ Vh.mT - U @ F) * ratio) @ Vh
     right = (U * ratio) @ (U.mT @ E - F @ Vh)
-    return inner + left + right  # (N2)
+    return inner + left + right  # (SB2)
 
 
 def _quotient(above: Tensor, below: Tensor, otherwise: Tensor) -> Tensor:
@@ -355,7 +355,7 @@ def _quotient(above: Tensor, below: Tensor, otherwise: Tensor) -> Tensor:
 
 
 def _matrices(weight: Tensor) -> list[Tensor]:
-    """Return the matrices r of (N1); of a matrix itself."""
+    """Return the matrices r of (SB1); of a matrix itself."""
     axes = [axis for axis in range(2, weight.dim()) if weight.shape[axis] > 1]
     matrices = []
     for chosen in range(2 ** len(axes)):

@@ -70,7 +70,7 @@ def unrolled(model: nn.Module, depth: int) -> Generator[None, None, None]:
     places = [
         (parent, name, child)
         for parent in model.modules()
-        for name, child in parent.named_children()
+        for name, child in parent._modules.items()
         if isinstance(child, DEQ)
     ]
     made = [(parent, name, child, Unrolled(child, depth)) for parent, name, child in places]

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the examples' own processes too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start too
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -13,8 +13,10 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch import nn
 
 import deqlqr.equivalence
+from deqlqr import DEQ, DenseBlock
 from deqlqr.checkpoint import load_checkpoint, save_checkpoint
 from deqlqr.cli import main
 from deqlqr.metrics import read_metrics
@@ -34,6 +36,20 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deqlqr.training.plot_curves", lambda *_: None)
+
+
+def tiny(name: str, shape: tuple[int, ...], outputs: int, *, seed: int = 0) -> nn.Module:
+    """A model of few controls in the place of any other."""
+    torch.manual_seed(seed)
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return nn.Sequential(encoder, DEQ(DenseBlock(3, 4)), nn.Linear(3, outputs))
+
+
+@pytest.fixture
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check has that model, for speed; one test has the models' own."""
+    monkeypatch.setattr("deqlqr.cli.make_model", tiny)
+    monkeypatch.setattr("deqlqr.training.make_model", tiny)
 
 
 @pytest.fixture
@@ -313,13 +329,13 @@ def test_the_console_script_reports_misuse_without_a_traceback() -> None:
 
 
 def test_check_prints_the_table_and_succeeds() -> None:
-    result = call("check", "--model", "dense", "--samples", 2)
+    result = call("check", "--model", "dense", "--samples", 1)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("dense model on digits\nquantity")
     assert "every row holds" in result.stdout and "FAILS" not in result.stdout
 
 
-def test_check_prints_json_that_says_the_same() -> None:
+def test_check_prints_json_that_says_the_same(tiny_model: None) -> None:
     result = call("check", "--model", "dense", "--samples", 2, "--json")
     assert result.exit_code == 0, result.output
 
@@ -334,14 +350,18 @@ def test_check_prints_json_that_says_the_same() -> None:
 
 
 @pytest.mark.parametrize("tolerance", ["_STEP_TOLERANCE", "_GRADIENT_TOLERANCE"])
-def test_check_fails_if_one_row_fails(monkeypatch: pytest.MonkeyPatch, tolerance: str) -> None:
+def test_check_fails_if_one_row_fails(
+    tiny_model: None, monkeypatch: pytest.MonkeyPatch, tolerance: str
+) -> None:
     monkeypatch.setattr(deqlqr.equivalence, tolerance, 0.0)
     result = call("check", "--model", "dense", "--samples", 2)
     assert result.exit_code == 1
     assert "FAILS" in result.stdout and "NOT every row holds" in result.stdout
 
 
-def test_check_takes_a_trained_model(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_takes_a_trained_model(
+    tiny_model: None, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = load_checkpoint(trained / CHECKPOINT)
     # A model of its own: half the readout of the fresh one.
     content["model"]["2.weight"] *= 0.5

@@ -208,7 +208,7 @@ def test_the_multipliers_are_those_of_the_closed_loop(n, m, dtype):
     assert solution.closed_loop_radius == pytest.approx(abs(exact).max(), rel=1e-2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data(), st.integers(1, 6), st.floats(0.0, 1.3), st.integers(0, 999))
 def test_residual_and_stability_hold_on_random_cycles(data, p, gain, seed):
     n = data.draw(st.lists(st.integers(1, 4), min_size=p, max_size=p))
@@ -513,13 +513,15 @@ def of_halves(n, m):
     return function
 
 
-@pytest.mark.parametrize("n, m, batch", [([2], [1], (2,)), ([2, 1], [1, 0], ()),
-                                         ([1, 2, 1], [1, 0, 2], ())])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, m, batch",
+    [([2], [1], ()), ([2], [1], (2,)), ([2, 1], [1, 0], ()), ([1, 2, 1], [1, 0, 2], ())],
+)
 def test_first_and_second_derivatives_of_P_and_K(n, m, batch):
     free = halved(make_cycle(n, m, batch, gain=1.1))
     function = of_halves(n, m)
     assert gradcheck(function, free, check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(function, free)
+    assert gradgradcheck(function, free, fast_mode=len(n) > 1 or len(batch) > 0)
 
 
 def test_the_gradient_equals_the_slope_of_the_lift():

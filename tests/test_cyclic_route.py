@@ -175,8 +175,8 @@ ROUTES = {
 
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 def test_the_loss_falls(route):
-    model, x, y = dense_model(), *dense_batch(12)
-    _, losses, optimizer = trained(route, model, x, y, steps=5, lr=1.0)
+    model, x, y = dense_model(), *dense_batch(6)
+    _, losses, optimizer = trained(route, model, x, y, steps=4, lr=1.0)
     assert losses[-1] < 0.9 * losses[0] and optimizer.counts["rejected"] == 0
 
 

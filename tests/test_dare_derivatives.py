@@ -42,7 +42,7 @@ def test_first_and_second_derivatives_of_P_and_K(n, m, rho):
     free = (lqr.A, lqr.B, half(lqr.Q), half(lqr.R), lqr.M)
     free = tuple(X.clone().requires_grad_() for X in free)
     assert gradcheck(function, free, check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(function, free)
+    assert gradgradcheck(function, free, fast_mode=m > n)
 
 
 def test_the_gradient_equals_the_one_through_the_riccati_recursion():

@@ -59,12 +59,11 @@ def test_certificates_are_true_when_mixing_sets_in_later(solver):
     assert (block(closure.value, x) - closure.value).norm() < 1e-8
 
 
-@pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("gate", [0.0, 0.4])
+@pytest.mark.parametrize("gate, batch", [(0.0, 5), (0.4, 1), (0.4, 5)])
 def test_transforms_keep_the_samples_of_different_calls_apart(gate, batch):
     block, x = Gate(gate).double(), randn(batch, 3)
     layer = DEQ(block, **TIGHT)
-    ours, theirs = (lambda x: layer(x)), (lambda x: unrolled(block, x, 120))
+    ours, theirs = (lambda x: layer(x)), (lambda x: unrolled(block, x, 80))
     for transform in (jacrev, jacfwd):
         assert relative(transform(ours)(x), transform(theirs)(x)) < 1e-9
     second = lambda F: hessian(lambda x: F(x).sin().sum())(x)

@@ -112,10 +112,9 @@ def largest_error(ours, exact):
     return max(float((a - b).norm() / (b.norm() or 1.0)) for a, b in pairs)
 
 
-OUTPUT = ("categorical", "gaussian", "euclidean")
-PAIRS = [
-    (name, kind) for name in MODELS for kind in (*OUTPUT, *(["newton"] * (name not in SHARED)))
-]
+PAIRS = [(name, "categorical") for name in MODELS]
+PAIRS += [(name, "newton") for name in MODELS if name not in SHARED]
+PAIRS += [(name, kind) for name in ("conv", "residual") for kind in ("gaussian", "euclidean")]
 
 
 @minibatches
@@ -127,9 +126,11 @@ def test_the_phases_compose_to_the_problem_of_the_model(name, minibatch, diverge
     assert largest_error(composed, lqr) < 1e-12
 
 
-@models
 @minibatches
-@pytest.mark.parametrize("divergence", ["categorical", "euclidean"])
+@pytest.mark.parametrize(
+    "name, divergence",
+    [*((name, "categorical") for name in MODELS), ("conv", "euclidean"), ("residual", "euclidean")],
+)
 def test_the_steady_state_is_the_step_of_the_model(name, minibatch, divergence):
     lqr, cyclic = both(name, divergence=divergence, minibatch=minibatch, damping=D)
     state = cyclic_steady_state(cyclic)

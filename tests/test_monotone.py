@@ -124,7 +124,7 @@ def test_no_smaller_contraction_holds(splitting, bounds):
 
 
 @KINDS
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(scale=sizes, seed=st.integers(0, 1000), bounded=st.booleans())
 def test_whatever_the_parameters_g_is_monotone_and_f_contracts(kind, scale, seed, bounded):
     bounds = {} if bounded else {"max_norm": None, "max_skew": None}
@@ -147,7 +147,7 @@ def test_whatever_the_parameters_g_is_monotone_and_f_contracts(kind, scale, seed
 
 
 @KINDS
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(scale=sizes, seed=st.integers(0, 1000))
 def test_plain_iteration_finds_the_only_equilibrium_in_time(kind, scale, seed):
     block, x, z1, _ = make(kind, scale, seed)
@@ -294,13 +294,10 @@ def model_of(kind, seed=0, **options):
         layers = [nn.Linear(6, 3), DEQ(MAKERS[kind](**options)), nn.ReLU(), nn.Linear(5, 3)]
         return nn.Sequential(*layers), randn(5, 6).float(), torch.arange(5) % 3
     layers = [DEQ(MAKERS[kind](**options)), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)]
-    return nn.Sequential(*layers), randn(4, 1, 3, 3).float(), torch.arange(4) % 3
+    return nn.Sequential(*layers), randn(2, 1, 3, 3).float(), torch.arange(2)
 
 
-@pytest.mark.parametrize(
-    "kind, bound",
-    [("dense FB", 0.3), ("dense PR", 0.3), ("dense PR", None)],
-)
+@pytest.mark.parametrize("kind, bound", [("dense FB", 0.3), ("dense PR", None)])
 def test_all_routes_agree(kind, bound):
     model, x, y = model_of(kind, max_norm=bound, max_skew=bound)
     with torch.no_grad():
@@ -309,7 +306,7 @@ def test_all_routes_agree(kind, bound):
     assert check_equivalence(model, x, y).passed
 
 
-@CHEAP
+@pytest.mark.parametrize("kind", ["dense PR", "circular PR"])
 def test_steps_of_all_routes(kind):
     steps = {}
     for route in ("dare", "output", "krylov", "sampled"):
@@ -336,9 +333,9 @@ def test_the_first_equilibrium_neither_vanishes_nor_blows_up(kind):
 @BOTH
 def test_it_trains_with_adam(splitting):
     model, x, y = model_of("dense FB" if splitting == FB else "dense PR")
-    opt = torch.optim.Adam(model.parameters(), lr=0.05)
+    opt = torch.optim.Adam(model.parameters(), lr=0.1)
     losses = []
-    for _ in range(30):
+    for _ in range(15):
         opt.zero_grad()
         loss = F.cross_entropy(model(x), y)
         loss.backward()

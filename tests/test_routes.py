@@ -69,8 +69,11 @@ def explicit_step(model, x, y, divergence, delta, loss="cross_entropy", metric=N
     return -torch.linalg.solve(C + delta * torch.eye(controls.m).double(), g), C
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name, divergence",
+    [*((name, "categorical") for name in CASES), ("dense", "gaussian"), ("dense", "own"),
+     ("conv", "own")],
+)  # fmt: skip
 @pytest.mark.parametrize("route", [Output(), TIGHT], ids=["output", "krylov"])
 def test_exact_routes_equal_the_explicit_damped_solve(name, divergence, route):
     make, batch = CASES[name]
@@ -84,7 +87,7 @@ def test_exact_routes_equal_the_explicit_damped_solve(name, divergence, route):
     assert relative(chunks.u, expected) < 1e-8
 
 
-@pytest.mark.parametrize("delta", [1e-6, 1e-2, 10.0])
+@pytest.mark.parametrize("delta", [1e-6, 10.0])
 @pytest.mark.parametrize("samples", [3, 40])  # fewer and more rows than controls
 def test_output_space_holds_at_any_damping_and_shape(delta, samples):
     model, (x, y) = exact(dense_model()), dense_batch(samples)
@@ -126,9 +129,9 @@ def test_sampled_step_is_the_damped_solve_with_the_same_samples_and_its_metric_i
     model, (x, y) = exact(dense_model()), dense_batch(4)
     x, controls = x.double(), Controls(model)
     _, C = explicit_step(model, x, y, CategoricalKL(), 0.1)
-    mean, count = torch.zeros_like(C), 400
+    mean, count = torch.zeros_like(C), 25
     for number in range(count):
-        found = local(Sampled(samples=2), model, x, y, CategoricalKL(), memory=Memory(step=number))
+        found = local(Sampled(samples=32), model, x, y, CategoricalKL(), memory=Memory(step=number))
         W = found.rows.dense().flatten(0, 1)
         mean += W.mT @ W / count
         if number == 0:
@@ -146,13 +149,10 @@ def test_sampled_step_is_the_damped_solve_with_the_same_samples_and_its_metric_i
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=list(DIVERGENCES))
 def test_random_cotangents_have_the_metric_as_covariance(divergence):
     y, generator = randn(2, 3), torch.Generator().manual_seed(0)
-    metric, total = divergence.metric(y), 0
-    root = divergence.root(y)
+    metric, root = divergence.metric(y), divergence.root(y)
     assert relative(root @ root.mT, metric) < 1e-12
-    for _ in range(4000):
-        c = divergence.sample(y, generator)
-        total = total + c[:, :, None] * c[:, None] / 4000
-    assert relative(total, metric) < 0.1
+    c = divergence.sample(y.repeat(4000, 1), generator).view(4000, 2, 3)
+    assert relative(torch.einsum("sbi,sbj->bij", c, c) / 4000, metric) < 0.1
 
 
 def test_newton_by_conjugate_gradients_equals_the_static_problem():
@@ -485,7 +485,7 @@ def test_routes_without_the_dare_train_to_the_same_parameters():
 
 def test_convolutional_blocks_train_by_every_route():
     for route in (Output(), Sampled(), Krylov(), Kronecker(), Kronecker(corrected=True)):
-        model, (x, y) = conv_model(), conv_batch(12)
+        model, (x, y) = conv_model(), conv_batch(6)
         optimizer = ImplicitNGD(model, lr=0.5, damping=0.1, route=route, trust_region=0.05)
-        losses = [float(optimizer.step(x, y)) for _ in range(12)]
+        losses = [float(optimizer.step(x, y)) for _ in range(8)]
         assert losses[-1] < 0.9 * losses[0], route

@@ -1,0 +1,132 @@
+"""Who keeps the fixed points: learning rates over two decades, with and without guard, on MNIST."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deqlqr._checks import choice
+from deqlqr.metrics import read_metrics
+from deqlqr.solution import ConvergenceError
+from deqlqr.training import METRICS, TrainConfig, finish
+
+CASES = {
+    "no bound, no guard": ("dense-free", False),
+    "no bound, guard": ("dense-free", True),
+    "DenseBlock": ("dense-large", True),
+    "GradientBlock": ("gradient", True),
+    "MonotoneBlock": ("monotone", True),
+}
+RATES = {
+    "sgd": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "adam": (0.0003, 0.001, 0.003, 0.01, 0.03),
+    "ingd": (0.03, 0.1, 0.3, 1.0, 3.0),
+}
+_INGD: dict[str, Any] = {"route": "kronecker", "damping": 0.1, "trust_region": 1e-2,
+                         "check_every": 10}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        steps: Steps taken.
+        failure: Why it stopped early, or `None`.
+        accuracy: On the test set, after its last whole epoch; `None` if it finished none.
+        lost: Share of the test samples without a fixed point then.
+        events: Times that the guard shortened the way or took it back.
+        seconds: Of training.
+    """
+
+    steps: int
+    failure: str | None
+    accuracy: float | None
+    lost: float | None
+    events: int | None
+    seconds: float
+
+
+def configs(data_root: Path, epochs: int = 4) -> dict[tuple[str, str, float], TrainConfig]:
+    """Return the run of each case, optimizer and learning rate, all else equal."""
+    return {
+        (case, optimizer, lr): TrainConfig(
+            data="mnist",
+            data_root=str(data_root),
+            model=model,
+            optimizer=optimizer,
+            lr=lr,
+            guard=guard,
+            batch_size=256,
+            epochs=epochs,
+            schedule="constant",
+            log_every=200,
+            **(_INGD if optimizer == "ingd" else {}),
+        )
+        for case, (model, guard) in CASES.items()
+        for optimizer, rates in RATES.items()
+        for lr in rates
+    }
+
+
+def run_stability(
+    data_root: Path, out: Path, cases: Sequence[str] | None = None, epochs: int = 4
+) -> dict[tuple[str, str, float], Outcome]:
+    """Run the grid under `out`; finished runs there are not run again.
+
+    Raises:
+        ValueError: If a case is unknown or the data are missing.
+        KeyboardInterrupt: If it was interrupted.
+    """
+    for case in cases or ():
+        choice("case", case, tuple(CASES))
+    return {
+        key: _outcome(config, out / f"{key[0]}-{key[1]}-{key[2]:g}".replace(" ", "-"))
+        for key, config in configs(data_root, epochs).items()
+        if not cases or key[0] in cases
+    }
+
+
+def _outcome(config: TrainConfig, folder: Path) -> Outcome:
+    failure = None
+    try:
+        finish(config, folder)
+    except ConvergenceError as error:
+        failure = str(error)
+    lines = read_metrics(folder / METRICS)
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    last = epochs[-1] if epochs else None
+    counts = [
+        line["shortened"] + line["taken_back"] for line in lines if line["shortened"] is not None
+    ]
+    return Outcome(
+        steps=lines[-1]["step"] if lines else 0,
+        failure=failure,
+        accuracy=last and last["accuracy"],
+        lost=last and last["test_not_converged"] / 10000,
+        events=counts[-1] if counts else None,
+        seconds=lines[-1]["seconds"] if lines else 0.0,
+    )
+
+
+def table(outcomes: dict[tuple[str, str, float], Outcome]) -> list[str]:
+    """Return a Markdown table: a row for each case and optimizer, a column for each rate."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for (case, optimizer, _), outcome in outcomes.items():
+        rows.setdefault((case, optimizer), []).append(_cell(outcome))
+    ranges = ", ".join(f"{name} {r[0]:g} to {r[-1]:g}" for name, r in RATES.items())
+    return [
+        f"Test accuracy after 4 epochs at 5 learning rates, lowest first ({ranges}):",
+        "",
+        "| block | optimizer |" + " |" * 5,
+        "|---|---|" + "---|" * 5,
+        *(f"| {case} | {name} | {' | '.join(cells)} |" for (case, name), cells in rows.items()),
+    ]
+
+
+def _cell(outcome: Outcome) -> str:
+    if outcome.failure is not None:
+        return f"stopped at {outcome.steps}"
+    assert outcome.accuracy is not None and outcome.lost is not None  # noqa: S101
+    lost = f", {outcome.lost:.1%} lost" if outcome.lost > 0 else ""
+    return f"{outcome.accuracy:.1%}{lost}"
