@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqlqr._checks import choice
+from deqlqr.held import held
 from deqlqr.phases import PhaseMap
 from deqlqr.spectral_bound import operator_norm, within
 
@@ -218,4 +219,5 @@ def _gain(norm: nn.GroupNorm) -> Tensor:
 
 def _conv_bound(conv: nn.Conv2d) -> Tensor:
     """Return k, a bound on the Lipschitz constant of a 3 x 3 convolution."""
-    return 3 * operator_norm(conv.weight.flatten(1))
+    norm = lambda: 3 * operator_norm(conv.weight.flatten(1))
+    return held("convolution bound", norm, conv.weight)

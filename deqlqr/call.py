@@ -110,7 +110,8 @@ class Call:
         if self.frozen.random is not None:
             return self.shape.require(self.frozen(evaluate), batch, _SHAPE, _HINT)
         parts = (state,) if self.shape.single else state
-        versions = [part._version for part in parts]
+        version = lambda part: None if part.is_inference() else part._version
+        versions = [version(part) for part in parts]
         try:
             fz = self.frozen(evaluate)
         except (RuntimeError, TypeError) as error:
@@ -120,7 +121,7 @@ class Call:
                 f"{[tuple(part.shape) for part in parts]} and inputs of shapes {shapes}: {error}."
                 f"{_HINT}"
             ) from error
-        if versions != [part._version for part in parts]:
+        if versions != [version(part) for part in parts]:
             raise ValueError("block changes z in place; it must leave z as it is.")
         return self.shape.require(fz, batch, _SHAPE, _HINT)
 

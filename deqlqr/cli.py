@@ -21,15 +21,18 @@ from deqlqr.bench_fixed_point import table as fixed_point_table
 from deqlqr.bench_step import bench_step
 from deqlqr.bench_step import table as step_table
 from deqlqr.bench_train import MNIST_RACES, mnist_race, only, regression_race
-from deqlqr.data import DATASETS, load_data
+from deqlqr.data import DATASETS, POINT_SETS, load_data
 from deqlqr.equivalence import check_equivalence
 from deqlqr.layer_inverse import INVERSES
 from deqlqr.models import MODELS, SMALL_MODELS, make_model
 from deqlqr.race import race
 from deqlqr.race import table as race_table
 from deqlqr.reproduce import FIGURES, reproduce
+from deqlqr.reproduce_points import POINT_OPTIONS
 from deqlqr.routes import ROUTES
 from deqlqr.solution import ConvergenceError
+from deqlqr.stability import CASES, run_stability
+from deqlqr.stability import table as stability_table
 from deqlqr.training import OPTIMIZERS, SCHEDULES, TrainConfig, Trainer, resume_config
 
 _DEFAULT = TrainConfig()
@@ -67,9 +70,11 @@ def main() -> None:
 @click.option("--data", type=click.Choice(DATASETS), default=_DEFAULT.data, help="Data set.")
 @click.option("--data-root", type=_PATH, help="Folder that holds MNIST/raw (for --data mnist).")
 @click.option(
-    "--model", type=click.Choice(MODELS), show_default="dense; conv for mnist",
-    help="Dense tanh block, or the thesis' convolutional block with 12 inner channels; with a "
-    "small state, or large for routes other than dare.",
+    "--model", type=click.Choice(MODELS), show_default="dense; conv for mnist, gradient for points",
+    help="dense, conv: a tanh block, or the thesis' convolutional one, with a small state. Larger, "
+    "for other routes than dare: dense-large, conv-large; dense-free, without a bound; gradient, "
+    "monotone, random-fields: blocks with a fixed point by construction. Explicit networks of 15 "
+    "layers for points in the plane: net, and the Runge-Kutta networks from resnet on.",
 )  # fmt: skip
 @click.option(
     "--optimizer", type=click.Choice(OPTIMIZERS), default=_DEFAULT.optimizer,
@@ -101,6 +106,18 @@ def main() -> None:
 @click.option("--trust-region", type=float, help="Most divergence of a step, e.g. 1e-3.")
 @click.option("--check-every", type=int, default=_DEFAULT.check_every,
               help="Steps between checks of the loss after a step.")  # fmt: skip
+@click.option("--penalty", type=float, default=_DEFAULT.penalty,
+              help="Factor on the Jacobian penalty, with any optimizer.")  # fmt: skip
+@click.option("--guard/--no-guard", default=_DEFAULT.guard,
+              help="Keep the fixed points: shorten or take back what loses them.")  # fmt: skip
+@click.option("--max-radius", type=float, default=_DEFAULT.max_radius,
+              help="Largest spectral radius of df/dz that the guard allows.")  # fmt: skip
+@click.option("--guard-every", type=int, default=_DEFAULT.guard_every,
+              help="Steps between looks of the guard.")  # fmt: skip
+@click.option("--warmup", type=int, default=_DEFAULT.warmup,
+              help="First steps that train a few iterations of the block instead.")  # fmt: skip
+@click.option("--warmup-depth", type=int, default=_DEFAULT.warmup_depth,
+              help="How many iterations.")  # fmt: skip
 @click.option("--batch-size", type=int, default=_DEFAULT.batch_size, help="Samples of a step.")
 @click.option("--epochs", type=int, default=_DEFAULT.epochs, help="Passes over the data.")
 @click.option("--schedule", type=click.Choice(SCHEDULES), default=_DEFAULT.schedule,
@@ -124,7 +141,9 @@ def train(context: click.Context, **options: Any) -> None:
     """Train a DEQ; without options: digits, dense model, implicit natural gradient.
 
     With --data sine2d (least squares, float64) the defaults are full batches, 40 epochs, a constant
-    step length of 1, damping 0.1, the route output, adaptive and accelerated.
+    step length of 1, damping 0.1, the route output, adaptive and accelerated. With points in the
+    plane (donut1d, donut2d, squares, spiral) they are the model gradient, full batches, 80 epochs,
+    a constant step length of 1, damping 0.01, the route output, adaptive.
     """
     device = _device(options.pop("device"))
     out, resume = options.pop("out"), options.pop("resume")
@@ -203,13 +222,17 @@ def check(
 
 @main.command("reproduce", context_settings={"show_default": True})
 @click.argument("figure", type=click.Choice(list(FIGURES)))
-@click.option("--data-root", type=_PATH, required=True, help="Folder that holds MNIST/raw.")
+@click.option("--data-root", type=_PATH, help="Folder that holds MNIST/raw, for the figures "
+              "of the thesis.")  # fmt: skip
 @click.option("--out", type=_PATH, show_default="runs/FIGURE", help="Folder for its results.")
-@click.option("--steps", type=int, show_default="200 for fig4.1, 100 for fig5.1-deq",
+@click.option("--steps", type=int,
+              show_default="200 for fig4.1, 100 for fig5.1-deq, 80 for spiral, 60 for fields",
               help="Steps of implicit NGD; gradient descent takes five times as many.")  # fmt: skip
 @_reported
-def reproduce_command(figure: str, data_root: Path, out: Path | None, steps: int | None) -> None:
-    """Repeat a figure of the thesis; finished runs under --out are not run again.
+def reproduce_command(
+    figure: str, data_root: Path | None, out: Path | None, steps: int | None
+) -> None:
+    """Repeat a figure of the thesis or the slides; finished runs in --out are not run again.
 
     fig4.1: test accuracy by iteration of implicit natural gradient and of gradient descent at
     each learning rate of a grid, on MNIST with the toy convolutional block, batches of 64.
@@ -217,6 +240,12 @@ def reproduce_command(figure: str, data_root: Path, out: Path | None, steps: int
     fig5.1-deq: figure 5.1 in the infinite horizon: fixed damping over a grid beside damping by
     layer, with the exact inverse and with the Neumann series, on the same block, three seeds.
     About an hour.
+
+    spiral: points in the plane, classified by Runge-Kutta networks of 15 layers and by equilibria;
+    predictions, transformed points, transitions. Some minutes.
+
+    fields: accuracy on the digits against the number of trained scalars, all else random and
+    frozen. Some minutes.
     """
     click.echo(reproduce(figure, data_root, out or Path("runs") / figure, steps))
 
@@ -301,6 +330,23 @@ def bench_step_command(batch: int, side: int, device: str, bf16: bool, as_json: 
         click.echo(line)
 
 
+@bench.command("stability", context_settings={"show_default": True})
+@click.option("--data-root", type=_PATH, required=True, help="Folder that holds MNIST/raw.")
+@click.option("--case", type=click.Choice(list(CASES)), multiple=True,
+              help="Repeat for several; all if not given.")  # fmt: skip
+@click.option("--epochs", type=click.IntRange(1), default=4, help="Passes over the data.")
+@click.option("--out", type=_PATH, default=Path("runs/stability"), help="Folder for its results; "
+              "finished runs in it are not run again.")  # fmt: skip
+@_reported
+def bench_stability_command(data_root: Path, case: tuple[str, ...], epochs: int, out: Path) -> None:
+    """Who keeps the fixed points: learning rates over two decades, with and without guard.
+
+    MNIST, dense blocks with 87 states, SGD, Adam and implicit NGD. One thread; about an hour.
+    """
+    for line in stability_table(run_stability(data_root, out, case, epochs)):
+        click.echo(line)
+
+
 _SEEDS = click.option("--seeds", type=click.IntRange(1), default=3,
                      help="Runs of each method at its best options.")  # fmt: skip
 _METHOD = click.option("--method", multiple=True, help="Repeat for several; all if not given.")
@@ -359,6 +405,7 @@ def _sizes(batch: tuple[int, ...], n: tuple[int, ...]) -> tuple[tuple[int, int],
 _ONLY_INGD = ("damping", "minibatch", "route", "inverse", "margin", "momentum", "adaptive",
               "acceleration", "trust_region", "check_every")  # fmt: skip
 _LR = {"ingd": _DEFAULT.lr, "gd": 0.3, "sgd": 0.1, "adam": 0.01, "lbfgs": 1.0}
+_MODEL = {"mnist": "conv"}
 _LEAST_SQUARES = {"batch_size": 400, "epochs": 40, "schedule": "constant", "log_every": 1}
 _LEAST_SQUARES_INGD = {"lr": 1.0, "damping": 0.1, "route": "output", "adaptive": True,
                        "acceleration": True}  # fmt: skip
@@ -370,10 +417,15 @@ def _config(context: click.Context, options: dict[str, Any]) -> TrainConfig:
         options |= {name: value for name, value in own.items() if not _given(context, name)}
         if options["route"] not in ("output", "sampled") and not _given(context, "acceleration"):
             options["acceleration"] = False
+    if options["data"] in POINT_SETS:
+        ours = {"lr", "damping", "route", "adaptive"} if options["optimizer"] != "ingd" else set()
+        own = {k: v for k, v in POINT_OPTIONS.items() if k not in ours} | {"epochs": 80}
+        options |= {name: value for name, value in own.items() if not _given(context, name)}
     if options["lr"] is None:
         options["lr"] = _LR[options["optimizer"]]
     if options["model"] is None:
-        options["model"] = "conv" if options["data"] == "mnist" else "dense"
+        points = options["data"] in POINT_SETS
+        options["model"] = _MODEL.get(options["data"], "gradient" if points else "dense")
     root = options["data_root"]
     return TrainConfig(**{**options, "data_root": None if root is None else str(root)})
 

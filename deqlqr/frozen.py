@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from deqlqr._checks import transformed
+from deqlqr.held import Store, holding
 
 T = TypeVar("T")
 _Cache = dict[tuple[int, str], Tensor | None]
@@ -55,6 +56,7 @@ class Frozen:
         self._watched = list(block.buffers()) if block.training else []
         # Weights that the solve has made, as long as it lasts.
         self._weights: _Cache | None = {}
+        self._held: Store | None = {}
 
     def __call__(self, evaluate: Callable[[], T]) -> T:
         """Return `evaluate()`, under the state held."""
@@ -66,6 +68,7 @@ class Frozen:
             if self._autocast() != self.autocast:
                 enabled, dtype = self.autocast
                 stack.enter_context(torch.autocast(self.device.type, dtype, enabled=enabled))
+            stack.enter_context(holding(self._held))
             if parametrize._cache_enabled:
                 stack.enter_context(self._own_weights())
             if self.random is None:
@@ -101,7 +104,7 @@ class Frozen:
         for buffer, _, after in self._moving:
             buffer.copy_(after)
         self._moving = []
-        self._weights = None
+        self._weights = self._held = None
 
     @torch.no_grad()
     def update_statistics(self, evaluate: Callable[[], object]) -> None:

@@ -43,10 +43,11 @@ def make_model(name: str, shape: Sequence[int], outputs: int, *, seed: int = 0) 
             thesis' toy `ConvBlock` with 12 inner channels, on a state of 8 channels and 2 x 2
             pixels. Larger ones, which solve to 1e-3, with 87 states straight from the pixels (32
             for vectors): `"dense-large"`: a `DenseBlock`; `"dense-free"`: the same without a bound;
-            `"gradient"` and `"gradient-kutta4"`: a `GradientBlock` by two methods; `"monotone"`: a `MonotoneBlock`; `"random-fields"`: a
-            `RandomFieldBlock` of 7 fields. `"conv-large"`: the toy block on 8 channels at a quarter
-            of the resolution. Explicit networks of 15 layers in the plane, for vectors: `"net"`, a
-            plain one, and those of `NETS`, Runge-Kutta steps with fixed or trained lengths.
+            `"gradient"` and `"gradient-kutta4"`: a `GradientBlock` by two methods; `"monotone"`: a
+            `MonotoneBlock`; `"random-fields"`: a `RandomFieldBlock` of 7 fields. `"conv-large"`:
+            the toy block on 8 channels at a quarter of the resolution. Explicit networks of 15
+            layers in the plane, for vectors: `"net"`, a plain one, and those of `NETS`, Runge-Kutta
+            steps with fixed or trained lengths.
         shape: Shape of one sample; images at least 8 x 8.
         outputs: Number of outputs.
         seed: Of the initial parameters.

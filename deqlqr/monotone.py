@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqlqr._checks import at_least, choice, count
+from deqlqr.held import held
 from deqlqr.phases import PhaseMap
 from deqlqr.spectral_bound import operator_norm, within
 
@@ -108,6 +109,10 @@ class _Monotone(nn.Module):
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Return A and K, as matrices or as kernels."""
+        bounds = self.max_norm, self.max_skew
+        return held(("monotone", bounds), self._weights, self.root, self.skew)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
         A = self.root if self.max_norm is None else within(self.root, self.max_norm)
         # S is scaled, not K: the norm of a skew matrix, a double singular value, has no second
         # derivative. Every K with ||K|| <= max_skew is reached, by S = K/2.
@@ -243,11 +248,15 @@ class MonotoneBlock(_Monotone):
         return self.margin * z + F.linear(F.linear(z, A), A.mT) - F.linear(z, K)
 
     def _solve(self, y: Tensor, alpha: float | Tensor, A: Tensor, K: Tensor) -> Tensor:
+        # One matrix for all samples, well conditioned because G is monotone.
+        inverse = held(("resolvent", self.margin), lambda: self._inverse(alpha, A, K), A, K)
+        return F.linear(y, inverse.to(y.dtype))
+
+    def _inverse(self, alpha: float | Tensor, A: Tensor, K: Tensor) -> Tensor:
         I = torch.eye(self.state_size, dtype=A.dtype, device=A.device)
         G = self.margin * I + A.mT @ A - K
         wide = torch.promote_types(G.dtype, torch.float32)  # half precision has no inverse
-        # One matrix for all samples, well conditioned because G is monotone.
-        return F.linear(y, torch.linalg.inv((I + alpha * G).to(wide)).to(y.dtype))
+        return torch.linalg.inv((I + alpha * G).to(wide))
 
 
 class ConvMonotoneBlock(_Monotone):

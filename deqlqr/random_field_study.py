@@ -23,6 +23,7 @@ from tqdm import tqdm
 from deqlqr._checks import at_least, choice, count
 from deqlqr.data import Data, load_data
 from deqlqr.deq import DEQ
+from deqlqr.evaluation import evaluate
 from deqlqr.models import check_seed
 from deqlqr.optim import ImplicitNGD
 from deqlqr.random_fields import ControlledODE, RandomFieldBlock
@@ -113,7 +114,7 @@ def study(
         model = study_model(name, size, data, seed=seed, options=options)
         _train(model, data, seed, options)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        found[name].setdefault(trained, []).append(_accuracy(model, data))
+        found[name].setdefault(trained, []).append(evaluate(model, data.test_x, data.test_y)[0])
     return found
 
 
@@ -195,8 +196,3 @@ def _train(model: nn.Module, data: Data, seed: int, options: StudyOptions) -> No
         lr = options.lr * (1 + math.cos(math.pi * step / options.steps)) / 2
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step(data.train_x[samples], data.train_y[samples])
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, data: Data) -> float:
-    return float((model(data.test_x).argmax(1) == data.test_y).double().mean())

@@ -9,6 +9,7 @@ from typing import Any
 from deqlqr._checks import at_least
 from deqlqr.figures import plot_runs, plot_seeds
 from deqlqr.metrics import read_metrics
+from deqlqr.reproduce_points import reproduce_fields, reproduce_spiral
 from deqlqr.solution import ConvergenceError
 from deqlqr.training import METRICS, SCHEDULES, TrainConfig, finish
 
@@ -25,7 +26,7 @@ GD_BUDGET = 5  # gradient descent may take so many times the steps
 _SAMPLES = 60000  # of MNIST's training set
 
 
-def reproduce(figure: str, data_root: Path, out: Path, steps: int | None = None) -> str:
+def reproduce(figure: str, data_root: Path | None, out: Path, steps: int | None = None) -> str:
     """Run a figure's experiment under `out`.
 
     Returns:
@@ -37,12 +38,14 @@ def reproduce(figure: str, data_root: Path, out: Path, steps: int | None = None)
     if figure not in FIGURES:
         raise ValueError(f"figure must be one of {tuple(FIGURES)}, got {figure!r}.")
     run, usual = FIGURES[figure]
+    if data_root is None and figure in OF_MNIST:
+        raise ValueError(f"figure {figure!r} needs a data root: the folder that holds MNIST/raw.")
     steps = usual if steps is None else steps
     at_least("steps", steps, 1)
     return run(data_root, out, steps)
 
 
-def _fig4_1(data_root: Path, out: Path, steps: int) -> str:
+def _fig4_1(data_root: Path | None, out: Path, steps: int) -> str:
     runs: dict[str, list[dict[str, Any]]] = {}
     failures: dict[str, str] = {}
     for name, config in fig4_1_configs(data_root, steps).items():
@@ -72,7 +75,7 @@ def _folder(name: str) -> str:
     return name.replace(" ", "-").replace(",", "")
 
 
-def fig4_1_configs(data_root: Path, steps: int) -> dict[str, TrainConfig]:
+def fig4_1_configs(data_root: Path | None, steps: int) -> dict[str, TrainConfig]:
     """Return the runs of figure 4.1: the same model, batches and seed for all.
 
     Gradient descent runs with each step length of the grid, kept and falling (cosine) as ours does.
@@ -137,7 +140,7 @@ def _verdict(summary: dict[str, dict[str, Any]], failures: dict[str, str]) -> st
     )
 
 
-def _fig5_1(data_root: Path, out: Path, steps: int) -> str:
+def _fig5_1(data_root: Path | None, out: Path, steps: int) -> str:
     panels: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
     rows: list[dict[str, Any]] = []
     for (lr, name), configs in fig5_1_configs(data_root, steps).items():
@@ -153,7 +156,9 @@ def _fig5_1(data_root: Path, out: Path, steps: int) -> str:
     return line
 
 
-def fig5_1_configs(data_root: Path, steps: int) -> dict[tuple[float, str], list[TrainConfig]]:
+def fig5_1_configs(
+    data_root: Path | None, steps: int
+) -> dict[tuple[float, str], list[TrainConfig]]:
     """Return the runs of figure 5.1 in the infinite horizon, by step length and by damping.
 
     The thesis mixes two effects, a damping by layer and a series in place of the inverse; here the
@@ -231,7 +236,10 @@ def _verdict_5_1(rows: list[dict[str, Any]]) -> str:
 
 
 # name -> (experiment, usual number of steps)
-FIGURES: dict[str, tuple[Callable[[Path, Path, int], str], int]] = {
+FIGURES: dict[str, tuple[Callable[[Path | None, Path, int], str], int]] = {
     "fig4.1": (_fig4_1, 200),
     "fig5.1-deq": (_fig5_1, 100),
+    "spiral": (reproduce_spiral, 80),
+    "fields": (reproduce_fields, 60),
 }
+OF_MNIST = ("fig4.1", "fig5.1-deq")

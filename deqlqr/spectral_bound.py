@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from deqlqr._checks import at_least, choice, one_forward_level
 from deqlqr._linalg import full_precision
+from deqlqr.held import held
 
 How = Literal["scale", "project", "normalise"]
 
@@ -59,6 +60,10 @@ def operator_norm(weight: Tensor) -> Tensor:
     # the matrices r between two stacks of phases of norms prod(k of the rows)^1/2, and of the
     # columns. Zero padding is a part of a circular convolution of a larger image, a stride drops
     # outputs, a dilation multiplies w.
+    return held("operator_norm", lambda: _operator_norm(weight), weight)
+
+
+def _operator_norm(weight: Tensor) -> Tensor:
     norms = torch.stack([_Norm.apply(matrix) for matrix in _matrices(_wide(weight))])
     return (norms.amin(0) * prod(weight.shape[2:]) ** 0.5).to(weight.dtype)  # (SB1)
 
@@ -73,7 +78,8 @@ def within(weight: Tensor, max_norm: float) -> Tensor:
     Raises:
         ValueError: If the weight does not fit.
     """
-    return weight * (max_norm / operator_norm(weight).clamp(min=max_norm))
+    scaled = lambda: weight * (max_norm / operator_norm(weight).clamp(min=max_norm))
+    return held(("within", max_norm), scaled, weight)
 
 
 def clipped(weight: Tensor, max_norm: float) -> Tensor:

@@ -74,6 +74,15 @@ def run_stability(
 ) -> dict[tuple[str, str, float], Outcome]:
     """Run the grid under `out`; finished runs there are not run again.
 
+    Args:
+        data_root: Folder that holds MNIST/raw.
+        out: Folder of the runs.
+        cases: Some of `CASES`; `None` for all.
+        epochs: Passes over the data.
+
+    Returns:
+        How each run ended, by case, optimizer and learning rate.
+
     Raises:
         ValueError: If a case is unknown or the data are missing.
         KeyboardInterrupt: If it was interrupted.
@@ -102,8 +111,8 @@ def _outcome(config: TrainConfig, folder: Path) -> Outcome:
     return Outcome(
         steps=lines[-1]["step"] if lines else 0,
         failure=failure,
-        accuracy=last and last["accuracy"],
-        lost=last and last["test_not_converged"] / 10000,
+        accuracy=None if last is None else last["accuracy"],
+        lost=None if last is None else last["test_not_converged"] / 10000,
         events=counts[-1] if counts else None,
         seconds=lines[-1]["seconds"] if lines else 0.0,
     )

@@ -47,7 +47,7 @@ class TrainConfig:
     """Everything that determines a run's numbers.
 
     Attributes:
-        data: `"digits"`, `"mnist"` or `"sine2d"`.
+        data: One of `DATASETS`.
         data_root: MNIST's folder.
         model: One of `MODELS` (see `make_model`).
         optimizer: `"ingd"` (implicit natural gradient), `"gd"` (plain gradient descent), `"sgd"`

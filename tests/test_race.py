@@ -14,8 +14,6 @@ from deqlqr.race import Race, Run, race, table
 from deqlqr.solution import ConvergenceError
 from deqlqr.training import TrainConfig, Trainer
 
-from .test_training import few_to_test
-
 COMMON = {
     "data": "sine2d", "train_size": 40, "batch_size": 40, "schedule": "constant", "epochs": 3,
     "log_every": 1, "eval_size": 1,
@@ -25,11 +23,6 @@ METHODS = {
     "output": [NATURAL],
     "Adam": [{"optimizer": "adam", "lr": lr} for lr in (1e-9, 1e-2)],
 }
-
-
-@pytest.fixture(autouse=True)
-def _few_to_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deqlqr.training.load_data", few_to_test)
 
 
 def small(**changes) -> Race:
