@@ -192,7 +192,9 @@ class Guard:
             self._interval = min(self.every, 2 * self._interval)
             self.scale = min(1.0, self.scale * _RECOVERY)
             self._remember()
-        elif not self._calmed(x) and not self._shorten(x):
+        elif self._calmed(x):
+            self._failures = 0  # a step was taken, and is kept
+        elif not self._shorten(x):
             self.take_back(found.reason)
             self._calmed(x)
         return found

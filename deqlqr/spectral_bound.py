@@ -100,9 +100,9 @@ def clipped(weight: Tensor, max_norm: float) -> Tensor:
     """
     _require_weight("weight", weight)
     one_forward_level("clipped")
-    bound = max_norm / prod(weight.shape[2:]) ** 0.5
-    matrix = _SpectralMap.apply(_wide(weight).flatten(1), _Clip(bound))
-    return matrix.to(weight.dtype).view(weight.shape)
+    bound = _Clip(max_norm / prod(weight.shape[2:]) ** 0.5)
+    matrix = lambda: _SpectralMap.apply(_wide(weight).flatten(1), bound)
+    return held(("clipped", max_norm), matrix, weight).to(weight.dtype).view(weight.shape)
 
 
 class _Bounded(nn.Module):

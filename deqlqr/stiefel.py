@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from deqlqr._checks import one_forward_level
 from deqlqr._linalg import full_precision, sym, zeros_if_none
+from deqlqr.held import held
 from deqlqr.spectral_bound import parameter_of
 
 
@@ -40,6 +41,10 @@ def polar(V: Tensor) -> Tensor:
     """
     _require_matrix("V", V)
     one_forward_level("polar")
+    return held("polar", lambda: _polar(V), V)
+
+
+def _polar(V: Tensor) -> Tensor:
     wide = V.float() if torch.finfo(V.dtype).bits < 32 else V
     Q = _Polar.apply(wide) if V.shape[0] >= V.shape[1] else _Polar.apply(wide.mT).mT
     return Q.to(V.dtype)
