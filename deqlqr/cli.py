@@ -142,7 +142,7 @@ def train(context: click.Context, **options: Any) -> None:
 
     With --data sine2d (least squares, float64) the defaults are full batches, 40 epochs, a constant
     step length of 1, damping 0.1, the route output, adaptive and accelerated. With points in the
-    plane (donut1d, donut2d, squares, spiral) they are the model gradient, full batches, 80 epochs,
+    plane (donut1d, donut2d, squares, spiral) they are the model gradient, full batches, 120 epochs,
     a constant step length of 1, damping 0.01, the route output, adaptive.
     """
     device = _device(options.pop("device"))
@@ -226,7 +226,7 @@ def check(
               "of the thesis.")  # fmt: skip
 @click.option("--out", type=_PATH, show_default="runs/FIGURE", help="Folder for its results.")
 @click.option("--steps", type=int,
-              show_default="200 for fig4.1, 100 for fig5.1-deq, 80 for spiral, 60 for fields",
+              show_default="200 for fig4.1, 100 for fig5.1-deq, 120 for spiral, 60 for fields",
               help="Steps of implicit NGD; gradient descent takes five times as many.")  # fmt: skip
 @_reported
 def reproduce_command(
@@ -419,7 +419,7 @@ def _config(context: click.Context, options: dict[str, Any]) -> TrainConfig:
             options["acceleration"] = False
     if options["data"] in POINT_SETS:
         ours = {"lr", "damping", "route", "adaptive"} if options["optimizer"] != "ingd" else set()
-        own = {k: v for k, v in POINT_OPTIONS.items() if k not in ours} | {"epochs": 80}
+        own = {k: v for k, v in POINT_OPTIONS.items() if k not in ours} | {"epochs": 120}
         options |= {name: value for name, value in own.items() if not _given(context, name)}
     if options["lr"] is None:
         options["lr"] = _LR[options["optimizer"]]

@@ -239,7 +239,7 @@ def _verdict_5_1(rows: list[dict[str, Any]]) -> str:
 FIGURES: dict[str, tuple[Callable[[Path | None, Path, int], str], int]] = {
     "fig4.1": (_fig4_1, 200),
     "fig5.1-deq": (_fig5_1, 100),
-    "spiral": (reproduce_spiral, 80),
+    "spiral": (reproduce_spiral, 120),
     "fields": (reproduce_fields, 60),
 }
 OF_MNIST = ("fig4.1", "fig5.1-deq")

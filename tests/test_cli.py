@@ -407,3 +407,24 @@ def test_check_refuses_a_value_out_of_range(name: str, value: str) -> None:
 def test_an_option_without_effect_is_refused(arguments, message):
     result = CliRunner().invoke(main, ["train", *arguments])
     assert result.exit_code == 2 and message in result.stderr
+
+
+def test_points_in_the_plane_have_defaults_of_their_own(no_figures: None) -> None:
+    assert call("train", "--data", "spiral", "--epochs", 2, "--out", "spiral").exit_code == 0
+    config = TrainConfig.from_dict(load_checkpoint(Path("spiral") / CHECKPOINT)["config"])
+    assert (config.model, config.route, config.adaptive, config.lr) == (
+        "gradient", "output", True, 1.0,
+    )  # fmt: skip
+    assert (config.batch_size, config.epochs, config.damping) == (500, 2, 1e-2)
+    options = "--data spiral --model kutta4 --optimizer adam --epochs 2 --out adam"
+    assert call("train", *options.split()).exit_code == 0
+    config = TrainConfig.from_dict(load_checkpoint(Path("adam") / CHECKPOINT)["config"])
+    assert (config.model, config.lr, config.schedule) == ("kutta4", 0.01, "constant")
+
+
+def test_guard_warmup_and_penalty_are_options_of_a_run(no_figures: None) -> None:
+    options = "--penalty 0.1 --no-guard --warmup 1 --warmup-depth 2 --out run"
+    assert call("train", *FAST, *options.split()).exit_code == 0
+    config = TrainConfig.from_dict(load_checkpoint(Path("run") / CHECKPOINT)["config"])
+    assert (config.penalty, config.guard, config.warmup, config.warmup_depth) == (0.1, False, 1, 2)
+    misuse(call("train", "--warmup", 3), "warmup", "'dare'")

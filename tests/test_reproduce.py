@@ -226,3 +226,42 @@ def test_figure_5_1_writes_figure_numbers_and_table_and_names_what_fails(
     assert exact["accuracy"] == series["accuracy"] and exact["seconds_per_step"] > 0
     assert len((tmp_path / "fig5.1.md").read_text().splitlines()) == 2 + 3
     assert matplotlib.image.imread(tmp_path / "fig5.1.png").std() > 0.01
+
+
+def test_the_thesis_figures_want_mnist(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="figure 'fig4.1' needs a data root"):
+        reproduce("fig4.1", None, tmp_path, 1)
+
+
+def test_the_spiral_writes_its_pictures_and_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deqlqr.reproduce_points._METHODS", {"Kutta(4)": "kutta4"})
+    monkeypatch.setattr("deqlqr.reproduce_points._STEP_SIZES", {"Net": "net", "ODENet": "odenet"})
+    monkeypatch.setattr("deqlqr.reproduce_points._EQUILIBRIA", {"DEQ, Euler": "gradient"})
+    monkeypatch.setattr("deqlqr.reproduce_points.POINT_SETS", ("spiral", "donut1d"))
+    line = reproduce("spiral", None, tmp_path, 2)
+    names = ("spiral", "odenet", "spiral-deq", "transition", "points")
+    assert all(matplotlib.image.imread(tmp_path / f"{name}.png").ndim == 3 for name in names)
+    content = json.loads((tmp_path / "spiral.json").read_text())
+    assert content["line"] == line and "2 steps" in line
+    assert {(row["kind"], row["data"]) for row in content["rows"]} == {
+        ("Kutta(4)", "spiral"), ("Net", "spiral"), ("ODENet", "spiral"), ("DEQ, Euler", "spiral"),
+        ("DEQ, Euler", "donut1d"),
+    }  # fmt: skip
+    refuse_steps(monkeypatch)
+    assert reproduce("spiral", None, tmp_path, 2) == line
+    with pytest.raises(ValueError, match="holds another run"):
+        reproduce("spiral", None, tmp_path, 3)
+
+
+def test_the_fields_write_their_picture_and_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {name: {14: [0.2, 0.3], 28: [0.4, 0.5]} for name in ("layers", "fields", "deq")}
+    monkeypatch.setattr("deqlqr.reproduce_points.study", lambda options: found)
+    line = reproduce("fields", None, tmp_path / "out", 1)
+    assert "25.0% with 14, 45.0% with 28" in line
+    assert matplotlib.image.imread(tmp_path / "out" / "fields.png").ndim == 3
+    curves = json.loads((tmp_path / "out" / "fields.json").read_text())["curves"]
+    assert len(curves) == 3 and all(curve["28"] == [0.4, 0.5] for curve in curves.values())
