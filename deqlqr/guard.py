@@ -2,7 +2,8 @@
 
 Every few steps the guard looks at the model on the batch just used: whether all samples have a
 fixed point, whether everything is finite, and at the spectral radius rho of A = df/dz of the
-samples that converge slowest. What passes is remembered. Where a look fails, the guard first tries
+samples that converge slowest. Those that were slowest where a look failed go with every later look.
+What passes is remembered. Where a look fails, the guard first tries
 to go on from there: it brings down the growth (J3) of the slowest samples, at their states z,
 
     (GU1)  theta <- theta - 2/5 J3 g / |g|^2,   g = dJ3/dtheta,   until rho <= 0.9 of the largest.
@@ -41,8 +42,9 @@ _CAUTION = 0.8  # factor on the step length after (GU1)
 _RECOVERY = 1.2  # of the step length, at a look that passes
 _ROOM = 0.9  # of the largest radius, to which (GU1) brings it down
 _DECREASE = 0.4  # of the growth, in a step of (GU1)
-_WIDER = 4  # times the samples of a look take part in (GU1): once it is done, others are slowest
+_WIDER = 2  # times the samples of a look take part in (GU1): once it is done, others are slowest
 _ROUNDS = 20  # steps of (GU1)
+_HARDEST = 16  # samples that go with every look
 _SHORTEST = 2.0**-10  # factor on the step length
 _PERSISTENCE = 12  # looks in a row that fail before training stops
 
@@ -118,7 +120,7 @@ class Guard:
         *,
         max_radius: float = 0.98,
         every: int = 10,
-        samples: int = 4,
+        samples: int = 16,
         max_failed: float = 1e-3,
     ) -> None:
         self.stepper, self.model = stepper, stepper.model
@@ -134,6 +136,7 @@ class Guard:
         self._interval = self.every  # steps to the next: fewer after failures
         self._failures = 0  # looks and steps in a row that failed
         self._good: deque[dict[str, Any]] = deque(maxlen=_KEPT)
+        self._hard: Tensor | None = None  # the slowest samples of the looks that failed
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """Take one step on the batch (x, y), and look at it if it is time to.
@@ -201,12 +204,12 @@ class Guard:
 
     @torch.no_grad()
     def look(self, x: Tensor) -> Look:
-        """Return what can be said of the model on a batch; nothing changes.
+        """Return what can be said of the model on a batch; the model stays as it is.
 
         Args:
             x: Inputs `(batch, ...)`.
         """
-        devices = [x.device] if x.device.type == "cuda" else []
+        x, devices = self._with_hard(x), [x.device] if x.device.type == "cuda" else []
         with torch.random.fork_rng(devices), statistics_held(self.model):
             with failures_returned(self.model), calls_recorded(self.model) as calls:
                 outputs = self.model(x)
@@ -220,7 +223,21 @@ class Guard:
             radius = max(_radius(self._slowest(call, self.samples)) for call in calls)
         self.counts["looks"] += 1
         self.last_look = Look(failed, finite, radius, self._reason(failed, finite, radius))
+        if finite and calls and self.last_look.reason is not None:
+            self._keep_hard(x, calls[0])
         return self.last_look
+
+    def _with_hard(self, x: Tensor) -> Tensor:
+        hard = self._hard
+        fits = hard is not None and x.shape[1:] == hard.shape[1:] and x.dtype == hard.dtype
+        return torch.cat([x, hard.to(x.device)]) if hard is not None and fits else x
+
+    def _keep_hard(self, x: Tensor, call: LayerCall) -> None:
+        """Keep the samples that took most evaluations."""
+        assert call.layer.solution is not None  # noqa: S101
+        evaluations = call.layer.solution.evaluations
+        if len(evaluations) == len(x):
+            self._hard = x[evaluations.topk(min(_HARDEST, len(x))).indices].detach().clone()
 
     @staticmethod
     def _slowest(call: LayerCall, samples: int) -> LayerCall:
@@ -373,6 +390,7 @@ class Guard:
             "interval": self._interval,
             "failures": self._failures,
             "good": list(self._good),
+            "hard": self._hard,
             "last_look": None if self.last_look is None else asdict(self.last_look),
         }
 
@@ -381,7 +399,7 @@ class Guard:
         self.scale, self.counts = state["scale"], dict(state["counts"])
         self._since, self._failures = state["since"], state["failures"]
         self._interval = state["interval"]
-        self._good = deque(state["good"], maxlen=_KEPT)
+        self._good, self._hard = deque(state["good"], maxlen=_KEPT), state["hard"]
         self.last_look = None if state["last_look"] is None else Look(**state["last_look"])
 
 

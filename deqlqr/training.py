@@ -369,6 +369,8 @@ class Trainer:
                 loss = float(self.stepper.step(*batch))
         else:
             loss = float((self.guard or self.stepper).step(*batch))
+            if self.guard is not None and self.step + 1 == total:
+                self.guard.check(batch[0])  # of the last steps
         self.seconds += time.perf_counter() - start
         self.step += 1
         return loss
