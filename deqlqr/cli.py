@@ -156,6 +156,8 @@ def train(context: click.Context, **options: Any) -> None:
     else:
         if options["optimizer"] != "ingd":
             _unused(context, _ONLY_INGD, f"--optimizer {options['optimizer']}")
+        if not options["guard"]:
+            _unused(context, ("max_radius", "guard_every"), "--no-guard")
         if options["data"] != "mnist":
             _unused(context, ("data_root",), f"--data {options['data']}")
         config = _config(context, options)

@@ -50,7 +50,7 @@ class GradientStep:
         self.taken = 0
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take one step; nothing changes if the loss before it is not finite.
+        """Take one step; the parameters stay as they were if it fails.
 
         Args:
             x: Inputs `(batch, ...)`.
@@ -61,7 +61,8 @@ class GradientStep:
 
         Raises:
             ValueError: If outputs and targets do not fit the loss.
-            ConvergenceError: If a sample has no fixed point or the loss is not finite.
+            ConvergenceError: If a sample has no fixed point, whatever the layers' `on_failure`, or
+                loss or gradient are not finite.
         """
         first: list[Tensor] = []
 
@@ -72,16 +73,29 @@ class GradientStep:
                 loss = self.loss(outputs, y)
             if not first:
                 first.append(loss.detach())
+            for call in calls:
+                if call.solution is not None:
+                    call.solution.raise_if_failed("fixed point of the block")
             if not bool(loss.isfinite()):
                 raise ConvergenceError(f"the loss is {float(loss.detach())}.")
             if self.penalty:
                 loss = loss + self.penalty * penalty_of(calls, self.taken)
             self.optimizer.zero_grad()
             loss.backward()
+            if not all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None):
+                raise ConvergenceError("the gradient is not finite.")
             return loss.detach()
 
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if isinstance(self.optimizer, torch.optim.LBFGS):
-            self.optimizer.step(closure)
+            before = [p.detach().clone() for p in parameters]
+            try:
+                self.optimizer.step(closure)
+            except BaseException:  # in the middle of a line search
+                with torch.no_grad():
+                    for p, value in zip(parameters, before, strict=True):
+                        p.copy_(value)
+                raise
         else:
             closure()
             self.optimizer.step()

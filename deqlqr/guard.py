@@ -31,7 +31,6 @@ from torch.utils._pytree import tree_map
 
 from deqlqr._checks import at_least, count
 from deqlqr.batch import statistics_held
-from deqlqr.controls import Controls
 from deqlqr.layer_calls import LayerCall, calls_recorded, failures_returned, layers_of
 from deqlqr.monitor import jacobian_growth, jacobian_radius
 from deqlqr.solution import ConvergenceError
@@ -155,25 +154,25 @@ class Guard:
         """
         if not self._good:
             look = self.look(x)
-            if look.reason is not None:
+            if look.reason is None:
+                self._remember()
+            elif not self._calmed(x):
                 raise ConvergenceError(f"training cannot start: {look.reason}.")
-            self._remember()
-        controls = Controls(self.model)
         while True:
-            before = controls.vector
+            before = _values(self.model)
             try:
                 with self._rates_scaled():
                     loss = self.stepper.step(x, y)
                 break
             except ConvergenceError as error:
-                controls.assign(before)  # a line search may have left them on its way
+                _assign(self.model, before)
                 if self._calmed(x):
                     self._fail(str(error))
                 else:
                     self.take_back(str(error))
                     self._calmed(x)
         self._since += 1
-        if self._since >= self._interval:
+        if self._since >= self._interval or not _finite(self.model):
             self.check(x)
         return loss
 
@@ -209,19 +208,21 @@ class Guard:
         Args:
             x: Inputs `(batch, ...)`.
         """
-        x, devices = self._with_hard(x), [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), statistics_held(self.model):
-            with failures_returned(self.model), calls_recorded(self.model) as calls:
-                outputs = self.model(x)
-        finite = all(bool(t.isfinite().all()) for t in (outputs, *self.model.parameters()))
-        failed, radius = 0.0, float("nan")
-        for call in calls:
-            assert call.layer.solution is not None  # noqa: S101
-            converged = call.layer.solution.converged
-            failed = max(failed, int((~converged).sum()) / max(len(converged), 1))
-        if finite and calls:
-            radius = max(_radius(self._slowest(call, self.samples)) for call in calls)
         self.counts["looks"] += 1
+        if not _finite(self.model):  # a block may not even run with such parameters
+            self.last_look = Look(1.0, False, float("nan"), "parameters are not finite")
+            return self.last_look
+        x = self._with_hard(x)
+        with _left_alone(self.model, x.device), failures_returned(self.model):
+            with calls_recorded(self.model) as calls:
+                outputs = self.model(x)
+            finite, failed, radius = bool(outputs.isfinite().all()), 0.0, float("nan")
+            for call in calls:
+                assert call.solution is not None  # noqa: S101
+                converged = call.solution.converged
+                failed = max(failed, int((~converged).sum()) / max(len(converged), 1))
+            if finite and calls:
+                radius = max(_radius(self._slowest(call, self.samples)) for call in calls)
         self.last_look = Look(failed, finite, radius, self._reason(failed, finite, radius))
         if finite and calls and self.last_look.reason is not None:
             self._keep_hard(x, calls[0])
@@ -234,29 +235,28 @@ class Guard:
 
     def _keep_hard(self, x: Tensor, call: LayerCall) -> None:
         """Keep the samples that took most evaluations."""
-        assert call.layer.solution is not None  # noqa: S101
-        evaluations = call.layer.solution.evaluations
+        assert call.solution is not None  # noqa: S101
+        evaluations = call.solution.evaluations
         if len(evaluations) == len(x):
             self._hard = x[evaluations.topk(min(_HARDEST, len(x))).indices].detach().clone()
 
     @staticmethod
     def _slowest(call: LayerCall, samples: int) -> LayerCall:
         """Return the samples of a call that took most evaluations."""
-        solution = call.layer.solution
-        assert solution is not None  # noqa: S101
-        batch = len(solution.evaluations)
-        slowest = solution.evaluations.topk(min(samples, batch)).indices
+        assert call.solution is not None  # noqa: S101
+        batch = len(call.solution.evaluations)
+        slowest = call.solution.evaluations.topk(min(samples, batch)).indices
 
         def part(value: Any) -> Any:
             sample = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
             return value[slowest].detach() if sample else value
 
         z, inputs = tree_map(part, call.z), tree_map(part, call.inputs)
-        return LayerCall(call.layer, inputs, call.shared, z)
+        return LayerCall(call.layer, inputs, call.shared, z, None)
 
     def _reason(self, failed: float, finite: bool, radius: float) -> str | None:
         if not finite:
-            return "outputs or parameters are not finite"
+            return "outputs are not finite"
         if failed > self.max_failed:
             return f"{failed:.2%} of the samples have no fixed point"
         if radius > self.max_radius:
@@ -265,14 +265,14 @@ class Guard:
 
     def _shorten(self, x: Tensor) -> bool:
         """Shorten the way since the last good state (GU2); return whether a look passes then."""
-        controls, good = Controls(self.model), self._good[-1]
-        end, start = controls.vector, good["parameters"]
-        if len(end) != len(start) or not bool(end.isfinite().all()):
+        if not self._good or not _finite(self.model):
             return False
+        end, start = _values(self.model), self._good[-1]["model"]
         for j in range(1, _SHORTENINGS + 1):
-            controls.assign(start + 2.0**-j * (end - start))  # (GU2)
-            if self.look(x).reason is None:
-                self._restore_optimizer(good)
+            share = 2.0**-j
+            _assign(self.model, {n: torch.lerp(start[n].to(v), v, share) for n, v in end.items()})
+            if self.look(x).reason is None:  # (GU2)
+                self._restore_optimizer(self._good[-1])
                 self._remember()
                 self.counts["shortened"] += 1
                 self._fail(f"the way is shortened by {2**j}")
@@ -281,8 +281,7 @@ class Guard:
 
     def _calmed(self, x: Tensor) -> bool:
         """Bring the radius of A down on a batch (GU1); return whether that made a look pass."""
-        controls, steps = Controls(self.model), 0
-        before = controls.vector
+        before, steps = _values(self.model), 0
         blocks = {id(p): p for layer in layers_of(self.model) for p in layer.block.parameters()}
         parameters = [p for p in blocks.values() if p.requires_grad]
         while True:
@@ -296,7 +295,7 @@ class Guard:
             steps += 1
         self.counts["calmed"] += steps
         if look.reason is not None:
-            controls.assign(before)
+            _assign(self.model, before)
         elif steps:
             self._remember()
             self._slow_down(_CAUTION)
@@ -329,6 +328,8 @@ class Guard:
         Raises:
             ConvergenceError: After too many attempts in a row; the model is back all the same.
         """
+        if not self._good:
+            raise ConvergenceError(f"there are no parameters to go back to: {reason}.")
         if self._since == 0 and len(self._good) > 1:
             self._good.pop()
         good = self._good[-1]
@@ -355,16 +356,14 @@ class Guard:
 
     def _restore_optimizer(self, good: dict[str, Any]) -> None:
         """Return the optimizer's memory; its options stay."""
-        options = [
-            {k: v for k, v in g.items() if k in _OPTIONS} for g in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(copy.deepcopy(good["optimizer"]))
-        for group, own in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(own)
+        saved, now = copy.deepcopy(good["optimizer"]), self.optimizer.state_dict()
+        groups = zip(now["param_groups"], saved["param_groups"], strict=False)
+        for group, old in groups:
+            group.update({name: old[name] for name in _MEMORY if name in old})
+        self.optimizer.load_state_dict({**saved, "param_groups": now["param_groups"]})
 
     def _remember(self) -> None:
         self._good.append({
-            "parameters": Controls(self.model).vector,
             "model": copy.deepcopy(self.model.state_dict()),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         })
@@ -403,4 +402,36 @@ class Guard:
         self.last_look = None if state["last_look"] is None else Look(**state["last_look"])
 
 
-_OPTIONS = ("lr", "momentum", "weight_decay")
+_MEMORY = ("damping_factor", "unchecked")  # of `ImplicitNGD`, kept among a group's options
+
+
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the trained parameters."""
+    named = model.named_parameters()
+    return {name: p.detach().clone() for name, p in named if p.requires_grad}
+
+
+@torch.no_grad()
+def _assign(model: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, p in model.named_parameters():
+        if name in values:
+            p.copy_(values[name])
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@contextmanager
+def _left_alone(model: nn.Module, device: torch.device) -> Generator[None, None, None]:
+    """Leave random numbers, buffers, and what the layers remember as they are."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    layers = [(layer, layer.solution, dict(layer._warm)) for layer in layers_of(model)]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), statistics_held(model):
+        try:
+            yield
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            for layer, solution, warm in layers:
+                layer.solution, layer._warm = solution, warm

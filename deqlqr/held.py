@@ -16,7 +16,8 @@ from torch import Tensor
 from deqlqr._checks import transformed
 
 T = TypeVar("T")
-Store = dict[Any, tuple[tuple[Tensor, ...], tuple[int, ...], Any]]
+Store = dict[Any, tuple[tuple[Tensor, ...], Any, Any]]
+_MOST = 64  # values in a store: a tensor that is made anew each time is never met again
 _running = threading.local()
 
 
@@ -40,17 +41,28 @@ def held(what: Any, make: Callable[[], T], *of: Tensor) -> T:
         of: The tensors it is made of.
     """
     store: Store | None = getattr(_running, "store", None)
-    if (
-        store is None
-        or torch.is_grad_enabled()
-        or transformed()
-        or any(t.is_inference() for t in of)
-    ):
+    if store is None or torch.is_grad_enabled() or transformed():
         return make()
-    key = what, *(id(t) for t in of)
-    versions = tuple(t._version for t in of)
-    if key in store and store[key][1] == versions:
-        return store[key][2]
+    if torch.is_inference_mode_enabled() or any(t.is_inference() for t in of):
+        return make()  # such tensors count no versions
+    key = what, _autocast(of), *(id(t) for t in of)
+    if key in store:
+        _, versions, value = store[key]
+        if versions == _versions(of, value):
+            return value
     value = make()
-    store[key] = of, versions, value  # holds the tensors, so that their ids stay theirs
+    if len(store) >= _MOST:
+        store.clear()
+    store[key] = of, _versions(of, value), value  # holds the tensors, so that their ids stay theirs
     return value
+
+
+def _versions(of: tuple[Tensor, ...], value: Any) -> tuple[int, ...]:
+    """Return what changes when a tensor that went in, or came out, is changed in place."""
+    made = value if isinstance(value, tuple) else (value,)
+    return tuple(t._version for t in (*of, *made) if isinstance(t, Tensor))
+
+
+def _autocast(of: tuple[Tensor, ...]) -> tuple[bool, torch.dtype]:
+    kind = of[0].device.type
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from deqlqr.deq import DEQ
+from deqlqr.solver import FixedPointSolution
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class LayerCall:
         inputs: Its inputs.
         shared: Its keywords, but for `z0` and `key`.
         z: What it returned.
+        solution: Its forward solve; `None` where there was none, as while it is linearised.
     """
 
     layer: DEQ
     inputs: tuple[Any, ...]
     shared: dict[str, Any]
     z: Any
+    solution: FixedPointSolution | None
 
 
 def layers_of(model: nn.Module) -> list[DEQ]:
@@ -39,7 +42,7 @@ def calls_recorded(model: nn.Module) -> Generator[list[LayerCall], None, None]:
 
     def record(layer: DEQ, inputs: tuple[Any, ...], shared: dict[str, Any], z: Any) -> None:
         own = {name: value for name, value in shared.items() if name not in ("z0", "key")}
-        calls.append(LayerCall(layer, inputs, own, z))
+        calls.append(LayerCall(layer, inputs, own, z, layer.solution))
 
     hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers_of(model)]
     try:

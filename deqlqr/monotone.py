@@ -122,8 +122,7 @@ class _Monotone(nn.Module):
     def step_size(self) -> float | Tensor:
         """Return alpha.
 
-        It is a constant where both norms are bounded, else the best for the current parameters
-        and, as z does not depend on it, without derivative.
+        It is a constant where both norms are bounded, else the best for the current parameters.
         """
         return self._step_size(*self.weights())
 
@@ -161,7 +160,7 @@ class _Monotone(nn.Module):
 
     def _step_size(self, A: Tensor, K: Tensor) -> float | Tensor:
         sizes = (
-            operator_norm(weight).detach() if bound is None else bound
+            operator_norm(weight) if bound is None else bound
             for weight, bound in ((A, self.max_norm), (K, self.max_skew))
         )
         return best_step(self.splitting, self.margin, *sizes)

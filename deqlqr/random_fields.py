@@ -182,7 +182,7 @@ class RandomFieldBlock(nn.Module):
         # A little more than the norm, so that rounding does not take the stacked C above 1.
         C /= torch.linalg.matrix_norm(C.flatten(0, 1), 2) * (1 + 1e-6)
         if input_size is not None:
-            generator = torch.Generator().manual_seed(seed + 1)
+            generator = torch.Generator().manual_seed(2**32 + seed)  # no other fields' stream
             U = _normal(generator, fields, state_size, count("input_size", input_size))
             self.register_buffer("U", U / input_size**0.5)
         u = torch.randn(fields)

@@ -60,16 +60,19 @@ def operator_norm(weight: Tensor) -> Tensor:
     # the matrices r between two stacks of phases of norms prod(k of the rows)^1/2, and of the
     # columns. Zero padding is a part of a circular convolution of a larger image, a stride drops
     # outputs, a dilation multiplies w.
-    return held("operator_norm", lambda: _operator_norm(weight), weight)
+    return held("operator_norm", lambda: _wide_norm(weight), weight).to(weight.dtype)
 
 
-def _operator_norm(weight: Tensor) -> Tensor:
+def _wide_norm(weight: Tensor) -> Tensor:
+    """Return the norm in float32 at least."""
     norms = torch.stack([_Norm.apply(matrix) for matrix in _matrices(_wide(weight))])
-    return (norms.amin(0) * prod(weight.shape[2:]) ** 0.5).to(weight.dtype)  # (SB1)
+    return norms.amin(0) * prod(weight.shape[2:]) ** 0.5  # (SB1)
 
 
 def within(weight: Tensor, max_norm: float) -> Tensor:
-    """Return weight min(1, max_norm / operator_norm(weight)), which has at most that norm.
+    """Return weight min(1, max_norm / operator_norm(weight)).
+
+    It has at most that norm, up to rounding of its entries to their dtype.
 
     Args:
         weight: As for `operator_norm`.
@@ -78,7 +81,10 @@ def within(weight: Tensor, max_norm: float) -> Tensor:
     Raises:
         ValueError: If the weight does not fit.
     """
-    scaled = lambda: weight * (max_norm / operator_norm(weight).clamp(min=max_norm))
+    _require_weight("weight", weight)
+    one_forward_level("within")
+    factor = lambda: max_norm / _wide_norm(weight).clamp(min=max_norm)
+    scaled = lambda: (_wide(weight) * factor()).to(weight.dtype)
     return held(("within", max_norm), scaled, weight)
 
 
@@ -186,7 +192,9 @@ class SpectralSphere(_Bounded):
 
     def forward(self, V: Tensor) -> Tensor:
         """Return W for V of its shape."""
-        return V * (self.max_norm / operator_norm(V).clamp(min=_SMALLEST))
+        _require_weight("V", V)
+        one_forward_level("SpectralSphere")
+        return (_wide(V) * (self.max_norm / _wide_norm(V).clamp(min=_SMALLEST))).to(V.dtype)
 
 
 _KINDS: dict[str, type[_Bounded]] = {

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from deqlqr._checks import choice
+from deqlqr.checkpoint import load_checkpoint
 from deqlqr.metrics import read_metrics
 from deqlqr.solution import ConvergenceError
-from deqlqr.training import METRICS, TrainConfig, finish
+from deqlqr.training import CHECKPOINT, METRICS, TrainConfig, finish
 
 CASES = {
     "no bound, no guard": ("dense-free", False),
@@ -24,6 +25,8 @@ RATES = {
 }
 _INGD: dict[str, Any] = {"route": "kronecker", "damping": 0.1, "trust_region": 1e-2,
                          "check_every": 10}  # fmt: skip
+
+_TEST_SAMPLES = 10000
 
 
 @dataclass(frozen=True)
@@ -97,23 +100,26 @@ def run_stability(
 
 
 def _outcome(config: TrainConfig, folder: Path) -> Outcome:
-    failure = None
-    try:
-        finish(config, folder)
-    except ConvergenceError as error:
-        failure = str(error)
+    stopped, failure = folder / "stopped.txt", None
+    if stopped.exists():  # going on from there would be another run
+        failure = stopped.read_text()
+    else:
+        try:
+            finish(config, folder)
+        except ConvergenceError as error:
+            failure = str(error)
+            stopped.write_text(failure)
+    step = int(load_checkpoint(folder / CHECKPOINT)["step"])
     lines = read_metrics(folder / METRICS)
     epochs = [line for line in lines if line["kind"] == "epoch"]
     last = epochs[-1] if epochs else None
-    counts = [
-        line["shortened"] + line["taken_back"] for line in lines if line["shortened"] is not None
-    ]
+    looked = [line for line in lines if line["radius"] is not None]
     return Outcome(
-        steps=lines[-1]["step"] if lines else 0,
+        steps=step,
         failure=failure,
         accuracy=None if last is None else last["accuracy"],
-        lost=None if last is None else last["test_not_converged"] / 10000,
-        events=counts[-1] if counts else None,
+        lost=None if last is None else last["test_not_converged"] / _TEST_SAMPLES,
+        events=looked[-1]["shortened"] + looked[-1]["taken_back"] if looked else None,
         seconds=lines[-1]["seconds"] if lines else 0.0,
     )
 
@@ -121,21 +127,19 @@ def _outcome(config: TrainConfig, folder: Path) -> Outcome:
 def table(outcomes: dict[tuple[str, str, float], Outcome]) -> list[str]:
     """Return a Markdown table: a row for each case and optimizer, a column for each rate."""
     rows: dict[tuple[str, str], list[str]] = {}
-    for (case, optimizer, _), outcome in outcomes.items():
-        rows.setdefault((case, optimizer), []).append(_cell(outcome))
-    ranges = ", ".join(f"{name} {r[0]:g} to {r[-1]:g}" for name, r in RATES.items())
+    for (case, optimizer, lr), outcome in outcomes.items():
+        rows.setdefault((case, optimizer), []).append(f"{lr:g}: {_cell(outcome)}")
+    most = max(len(cells) for cells in rows.values())
     return [
-        f"Test accuracy after 4 epochs at 5 learning rates, lowest first ({ranges}):",
-        "",
-        "| block | optimizer |" + " |" * 5,
-        "|---|---|" + "---|" * 5,
+        "| block | optimizer | learning rate: test accuracy" + " |" * most,
+        "|---|---|" + "---|" * most,
         *(f"| {case} | {name} | {' | '.join(cells)} |" for (case, name), cells in rows.items()),
     ]
 
 
 def _cell(outcome: Outcome) -> str:
     if outcome.failure is not None:
-        return f"stopped at {outcome.steps}"
+        return f"stopped after {outcome.steps} steps"
     assert outcome.accuracy is not None and outcome.lost is not None  # noqa: S101
-    lost = f", {outcome.lost:.1%} lost" if outcome.lost > 0 else ""
+    lost = f", {outcome.lost:.2%} lost" if outcome.lost > 0 else ""
     return f"{outcome.accuracy:.1%}{lost}"

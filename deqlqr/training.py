@@ -30,7 +30,7 @@ from deqlqr.layer_calls import layers_of
 from deqlqr.layer_inverse import INVERSES, make_inverse
 from deqlqr.linearize_samples import Minibatch
 from deqlqr.metrics import MetricsFile, read_metrics
-from deqlqr.models import MODELS, check_seed, make_model
+from deqlqr.models import MODELS, NETS, check_seed, make_model
 from deqlqr.optim import ImplicitNGD
 from deqlqr.routes import ROUTES, Cyclic, Dare, Route, make_route
 from deqlqr.solution import ConvergenceError
@@ -132,6 +132,10 @@ class TrainConfig:
             at_least(name, getattr(self, name), 0.0)
         at_least("max_radius", self.max_radius, 0.0, strict=True)
         count("warmup", self.warmup, 0)
+        if (self.model == "net" or self.model in NETS) and (self.warmup or self.penalty):
+            raise ValueError(
+                f"warmup and penalty are for DEQ layers, and model {self.model!r} has none."
+            )
         if self.warmup and self.optimizer == "ingd" and self.route in ("dare", "cyclic"):
             raise ValueError(
                 f"warmup steps are those of a network without DEQ layer, which route "
@@ -369,7 +373,9 @@ class Trainer:
                 loss = float(self.stepper.step(*batch))
         else:
             loss = float((self.guard or self.stepper).step(*batch))
-            if self.guard is not None and self.step + 1 == total:
+            per_epoch = len(self.data.train_x) // self.config.batch_size
+            ends = (self.step + 1) % per_epoch == 0 or self.step + 1 == self.config.max_steps
+            if self.guard is not None and ends:
                 self.guard.check(batch[0])  # of the last steps
         self.seconds += time.perf_counter() - start
         self.step += 1
@@ -378,15 +384,29 @@ class Trainer:
     def _log(self, kind: str, line: dict[str, Any], samples: int) -> str:
         x, y = self.data.test_x[:samples], self.data.test_y[:samples]
         score, lost = evaluate(self.model, x, y)
-        while self.guard is not None and kind == "epoch" and lost > self.guard.max_failed * len(x):
-            self.guard.take_back(f"{lost} of {len(x)} test samples have no fixed point")
+        reason = self._too_many_lost(lost, len(x)) if kind == "epoch" else None
+        if reason is not None and self.guard is not None:
+            self.guard.take_back(reason)
             score, lost = evaluate(self.model, x, y)
+            reason = self._too_many_lost(lost, len(x))
         measured = {self.measure: score, "test_not_converged": lost}
         self.metrics.write({"kind": kind} | line | measured)
+        if reason is not None:
+            raise ConvergenceError(
+                f"{reason}, and so before: the guard looks at training samples only. Lower "
+                "max_radius, add a penalty, or take a block that is a contraction."
+            )
         return (
             f"epoch {line['epoch']}: loss {line['loss']:.4g}, {self.judged(score)}, "
             f"{self.seconds:.1f} s" + (f", {lost} test samples without fixed point" if lost else "")
         )
+
+    def _too_many_lost(self, lost: int, samples: int) -> str | None:
+        """Return why a guarded run cannot go on like this, or `None`."""
+        guarded = self.guard is not None and self.step > self.config.warmup
+        if self.guard is None or not guarded or lost <= self.guard.max_failed * samples:
+            return None
+        return f"{lost} of {samples} test samples have no fixed point"
 
     def _line(self, epoch: int, loss: float) -> dict[str, Any]:
         """Return what the step just taken measured; to be read before the layer solves again."""

@@ -125,8 +125,17 @@ class ConvTranspose2d(Use):
         """Return a g' (U1), with g under the kernel at each position of a."""
         size = self.operand.shape[2:]
         under = F.unfold(g, size, self.dilation, self.padding, self.stride)
-        a = self.a.to(self.operand.dtype).flatten(2)
-        return (a @ under.mT).reshape(len(a), *self.operand.shape)
+        a = self.a.to(self.operand.dtype)
+        # An output padding of a stride or more leaves room for the kernel beyond the last position.
+        high, wide = self.a.shape[2:]
+        under = under.unflatten(2, (-1, self._places(g)))[:, :, :high, :wide].flatten(2)
+        return (a.flatten(2) @ under.mT).reshape(len(a), *self.operand.shape)
+
+    def _places(self, g: Tensor) -> int:
+        """Return how many places the kernel has along the last axis of g."""
+        last = lambda option: option if isinstance(option, int) else option[-1]
+        reach = last(self.dilation) * (self.operand.shape[3] - 1) + 1
+        return (g.shape[3] + 2 * last(self.padding) - reach) // last(self.stride) + 1
 
 
 @dataclass(frozen=True)

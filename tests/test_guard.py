@@ -169,10 +169,10 @@ def test_the_way_is_shortened_along_the_way_that_was_gone():
     with torch.no_grad():  # the outputs overflow: no matter of A
         model[1].weight.add_(1.7e308 * model[0](x)[0].sign())
     end = parameters(model)
-    assert guard.check(x).reason == "outputs or parameters are not finite"
+    assert guard.check(x).reason == "outputs are not finite"
     assert guard.look(x).reason is None
     gone = parameters(model)
-    assert any(torch.equal(gone, start + 2.0**-j * (end - start)) for j in range(1, 20))
+    assert any(torch.allclose(gone, torch.lerp(start, end, 2.0**-j)) for j in range(1, 20))
     assert (guard.counts["shortened"], guard.counts["taken back"]) == (1, 0)
     assert guard.scale < 1
 
@@ -221,15 +221,62 @@ def test_where_no_step_can_be_taken_the_last_good_parameters_are_back():
     assert_held(guard, x)
 
 
-def test_training_does_not_start_without_fixed_points():
+def test_a_start_without_fixed_points_is_calmed_and_training_goes_on():
+    x, y = batch()
+    model = free_model()
+    with torch.no_grad():
+        model[0].block.state.weight.mul_(2.5)
+    guard = Guard(sgd(model))
+    assert guard.look(x).reason is not None
+    guard.step(x, y)
+    assert guard.counts["calmed"] > 0 and guard.look(x).reason is None
+
+
+def test_training_does_not_start_where_that_fails():
     x, y = batch()
     model = free_model()
     with torch.no_grad():
         model[0].block.state.weight.mul_(10.0)
+    for p in model[0].block.parameters():
+        p.requires_grad_(False)
     before = parameters(model)
+    guard = Guard(sgd(model))
     with pytest.raises(ConvergenceError, match="training cannot start.*no fixed point"):
-        Guard(sgd(model)).step(x, y)
+        guard.step(x, y)
     assert torch.equal(parameters(model), before)
+    with pytest.raises(ConvergenceError, match="no parameters to go back to: why"):
+        guard.take_back("why")
+
+
+def test_parameters_that_are_not_finite_fail_a_look_and_are_taken_back():
+    x, y = batch()
+    model = nn.Sequential(DEQ(DenseBlock(4)), nn.Linear(4, 3)).double()
+    guard = Guard(sgd(model, lr=1e-3), every=10)
+    guard.step(x, y)
+    with torch.no_grad():
+        model[0].block.state.weight[0, 0] = float("nan")  # which an SVD does not take
+    assert guard.look(x).reason == "parameters are not finite"
+    guard.check(x)
+    assert guard.look(x).reason is None and guard.counts["taken back"] == 1
+
+
+def test_what_a_look_sees_it_leaves_alone_and_every_call_of_a_layer_counts():
+    torch.manual_seed(0)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = DEQ(DenseBlock(4, gain=0.8), solver="picard", max_steps=3)
+            self.layer, self.last = layer, nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.last(self.layer(x) + self.layer(0 * x))  # only the first call fails
+
+    x, _ = batch()
+    model = Twice().double()
+    guard = Guard(sgd(model))
+    assert guard.look(x).failed == 1.0
+    assert model.layer.solution is None
 
 
 @pytest.mark.parametrize("where", ["inputs", "targets"])

@@ -246,15 +246,26 @@ def test_the_gradient_is_that_of_finite_differences_and_of_the_unrolled_iteratio
         assert (ours * direction).sum() == pytest.approx(float(slope), rel=1e-6, abs=1e-7)
 
 
-def test_without_bounds_the_step_has_no_derivative_and_the_gradient_is_the_same():
+def test_without_bounds_the_gradient_is_the_same_and_that_of_u_is_right_too():
     grads = []
     for bound in (None, 100.0):
         block, x, *_ = make("dense PR", 1.0, max_norm=bound, max_skew=bound)
         z = F.relu(DEQ(block, solver="newton-krylov", tol=1e-13)(x))
         grads.append(torch.autograd.grad(z.pow(2).sum(), list(block.parameters())))
-        assert isinstance(block.step_size(), float) or not block.step_size().requires_grad
     for a, b in zip(*grads, strict=True):
         assert relative(a, b) < 1e-9
+    block, x, *_ = make("dense PR", 1.0, max_norm=None, max_skew=None)
+    layer = DEQ(block, solver="newton-krylov", tol=1e-13)
+    direction, weights = torch.randn_like(block.root), torch.randn_like(layer(x))
+    (grad,) = torch.autograd.grad((layer(x) * weights).sum(), block.root)
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            block.root += sign * 1e-6 * direction
+            ends.append((layer(x) * weights).sum())
+            block.root -= sign * 1e-6 * direction
+    slope = (ends[0] - ends[1]) / 2e-6
+    assert relative((grad * direction).sum(), slope) < 1e-6
 
 
 @CHEAP

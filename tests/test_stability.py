@@ -42,7 +42,9 @@ def test_a_run_that_loses_its_fixed_point_is_told_from_one_that_ends(tmp_path, m
     assert kept.failure is None and kept.lost <= 1e-3 and kept.steps == 5
     assert bounded.failure is None and bounded.lost == 0 and bounded.events == 0
     lines = table(found)
-    assert f"stopped at {lost.steps}" in lines[4] and f"{bounded.accuracy:.1%}" in lines[-1]
+    assert f"stopped after {lost.steps} steps" in lines[2]
+    assert f"0.1: {bounded.accuracy:.1%}" in lines[-1]
+    assert run_stability(Path("data"), tmp_path) == found  # a run that stopped is not gone on with
     with pytest.raises(ValueError, match="case"):
         run_stability(Path("data"), tmp_path, ["none"])
 
