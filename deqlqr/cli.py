@@ -244,7 +244,7 @@ def reproduce_command(
     About an hour.
 
     spiral: points in the plane, classified by Runge-Kutta networks of 15 layers and by equilibria;
-    predictions, transformed points, transitions. Some minutes.
+    predictions, transformed points, transitions. A quarter of an hour.
 
     fields: accuracy on the digits against the number of trained scalars, all else random and
     frozen. Some minutes.

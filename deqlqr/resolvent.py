@@ -145,7 +145,7 @@ class Resolvent:
         spent = self.products
         x = torch.zeros_like(right) if start is None else start
         r = right if start is None else right + self._times(x) - x
-        goal = self.tol * torch.linalg.vector_norm(right, dim=-1)
+        goal = self.tol * torch.linalg.vector_norm(right, dim=-1).clamp(min=_least(right))
         true = r
         for _ in range(_REFINEMENTS):
             x, r = self._reduced(x, true, goal, spent)
@@ -162,7 +162,7 @@ class Resolvent:
         )
         if found.converged.all():
             return found
-        further = self._further(true) / torch.linalg.vector_norm(x, dim=-1)
+        further = self._further(true) / torch.linalg.vector_norm(x, dim=-1).clamp(min=_least(x))
         return replace(found, error=torch.where(found.converged, found.error, further))
 
     def _reduced(self, x: Tensor, r: Tensor, goal: Tensor, spent: int) -> tuple[Tensor, Tensor]:
@@ -244,9 +244,9 @@ class Resolvent:
         self, rights: Tensor, x: Tensor, r: Tensor, inverse_norm: Tensor, products: int
     ) -> LinearSolution:
         size = lambda v: torch.linalg.vector_norm(v, dim=-1)
-        tiny = torch.finfo(x.dtype).tiny
-        residual = (size(r) / size(rights).clamp(min=tiny)).amax(-1)
-        error = (inverse_norm * size(r) / size(x).clamp(min=tiny)).amax(-1)
+        least = _least(x)
+        residual = (size(r) / size(rights).clamp(min=least)).amax(-1)
+        error = (inverse_norm * size(r) / size(x).clamp(min=least)).amax(-1)
         # Rounding alone leaves what it leaves, however small tol is.
         reach = max(2 * self.tol, 1e2 * torch.finfo(x.dtype).eps)
         result = torch.where(
@@ -255,6 +255,14 @@ class Resolvent:
         finite = residual.isfinite() & x.flatten(1).isfinite().all(-1)
         result = result.masked_fill(~finite, int(FixedPointResult.NON_FINITE))
         return LinearSolution(x, result, torch.full_like(result, products), residual, error)
+
+
+def _least(like: Tensor) -> float:
+    """Return the size below which squares underflow: no right side counts as smaller.
+
+    The cotangent of a sample that is right already can be.
+    """
+    return torch.finfo(like.dtype).tiny ** 0.5
 
 
 class _Pairs:

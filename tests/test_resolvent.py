@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from deqlqr import ConvergenceError, Costate, FixedPointResult, Implicit, Neumann, Resolvent
+from deqlqr import (
+    DEQ,
+    ConvergenceError,
+    Costate,
+    DenseBlock,
+    FixedPointResult,
+    Implicit,
+    Neumann,
+    Resolvent,
+)
 
 from .problems import randn, relative
 
@@ -141,3 +150,19 @@ def test_the_bound_of_the_inverse_on_the_pairs_holds_and_survives_large_numbers(
     true = size * torch.linalg.matrix_norm((P / size).double(), 2)
     assert bool(bound.isfinite().all()) and bool((bound >= 0.999 * true).all())
     assert bool((bound <= 5**0.5 * 1.001 * true).all())
+
+
+@pytest.mark.parametrize("n", [6, 40])  # factorised, Krylov
+def test_a_right_side_whose_square_is_zero_is_solved_as_any_other(n):
+    torch.manual_seed(0)
+    layer = DEQ(DenseBlock(n), tol=1e-4)
+    x = torch.randn(4, n)
+    z = layer(x)
+    g = torch.randn(4, n)
+    small = torch.tensor([1.0, 1e-25, 1e-36, 0.0])[:, None]
+    expected = layer.resolvent(z, x).solve(g)
+    found = layer.resolvent(z, x).solve(g * small)
+    assert found.converged.all() and found.error.isfinite().all()
+    assert torch.allclose(found.value[0], expected.value[0], rtol=1e-3, atol=1e-3)
+    assert found.value[1:].abs().max() < 1e-18
+    (z * small * g).sum().backward()  # raises if an adjoint solve fails
