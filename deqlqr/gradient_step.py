@@ -23,7 +23,7 @@ class GradientStep:
         taken: Steps taken; it seeds the random vectors of the penalty.
 
     Raises:
-        ValueError: If `penalty` is negative or the loss is unknown.
+        ValueError: If `penalty` is negative, the loss is unknown, or model or optimizer are none.
 
     Example:
         >>> from deqlqr import DEQ, DenseBlock
@@ -45,6 +45,10 @@ class GradientStep:
         *,
         penalty: float = 0.0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"optimizer must be a torch one, got {type(optimizer).__name__}.")
         self.model, self.optimizer, self.loss = model, optimizer, make_loss(loss)
         self.penalty = at_least("penalty", penalty, 0.0)
         self.taken = 0

@@ -97,7 +97,7 @@ class Guard:
             many steps of (GU1) were taken.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: If an option is out of range, or `stepper` is a bare torch optimizer.
 
     Example:
         >>> from deqlqr import DEQ, DenseBlock
@@ -122,6 +122,11 @@ class Guard:
         samples: int = 16,
         max_failed: float = 1e-3,
     ) -> None:
+        if not isinstance(getattr(stepper, "model", None), nn.Module):
+            raise ValueError(
+                f"stepper must be an ImplicitNGD or a GradientStep, got {type(stepper).__name__}; "
+                "put a torch optimizer into GradientStep(model, optimizer, loss)."
+            )
         self.stepper, self.model = stepper, stepper.model
         inner = stepper if isinstance(stepper, torch.optim.Optimizer) else None
         self.optimizer: torch.optim.Optimizer = inner or getattr(stepper, "optimizer")  # noqa: B009

@@ -694,3 +694,14 @@ def test_a_natural_step_within_the_cache_of_parametrised_weights_is_refused(rout
     for _ in range(3):
         optimizer.step(x, y)
     assert loss_of(model, x, y) < loss
+
+
+def test_what_is_no_stepper_is_refused_by_name():
+    model = free_model()
+    adam = torch.optim.Adam(model.parameters())
+    with pytest.raises(ValueError, match="stepper must be .* got Adam; put a torch optimizer into"):
+        Guard(adam)
+    with pytest.raises(ValueError, match="model must be an nn.Module, got Adam"):
+        GradientStep(adam, model)
+    with pytest.raises(ValueError, match="optimizer must be a torch one, got Sequential"):
+        GradientStep(model, model)
