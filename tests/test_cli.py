@@ -115,7 +115,7 @@ def test_every_option_of_a_run_can_be_given_and_has_the_same_default() -> None:
         ["check", "--sample", "3x"],
         ["reproduce", "fig4.1", "--data_root", "."],
         ["reproduce", "fig9.9", "--data-root", "."],
-        ["reproduce", "fig4.1"],
+        ["reproduce"],
         ["tran"],
         ["train", "extra"],
         ["train", "--optimizer", "newton"],
