@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import deqlqr
 from deqlqr import (
     DEQ,
     CategoricalKL,
@@ -489,3 +490,31 @@ def test_convolutional_blocks_train_by_every_route():
         optimizer = ImplicitNGD(model, lr=0.5, damping=0.1, route=route, trust_region=0.05)
         losses = [float(optimizer.step(x, y)) for _ in range(8)]
         assert losses[-1] < 0.9 * losses[0], route
+
+
+@pytest.mark.parametrize("name", ["gradient", "gradient conv", "monotone", "orthonormal", "torch"])
+def test_kronecker_trains_blocks_whose_weights_enter_in_other_ways(name):
+    torch.manual_seed(0)
+    x, y = dense_batch(24)
+    orthonormal = {"orthonormal": deqlqr.orthonormal, "torch": parametrizations.orthogonal}
+    if name == "gradient conv":
+        x, y = conv_batch(12)
+        block = deqlqr.ConvGradientBlock(3, 4, x.shape[1])
+        model = nn.Sequential(DEQ(block), nn.Flatten(), nn.LazyLinear(3))
+        model(x)
+    else:
+        made = {
+            "gradient": lambda: deqlqr.GradientBlock(5, 7, 6, skew=0.5),
+            "monotone": lambda: deqlqr.MonotoneBlock(5, 6),
+        }
+        block = made.get(name, lambda: DenseBlock(5, 6))()
+        model = nn.Sequential(DEQ(block), nn.Linear(5, 3))
+    model, x = exact(model), x.double()
+    if name in orthonormal:
+        orthonormal[name](model[0].block.state)
+    optimizer = ImplicitNGD(model, lr=0.5, damping=0.1, route=Kronecker(update_every=1))
+    losses = [float(optimizer.step(x, y)) for _ in range(12)]
+    assert losses[-1] < 0.8 * losses[0] and optimizer.counts["given up"] == 0
+    if name in orthonormal:
+        W = model[0].block.state.weight
+        assert relative(W.mT @ W, torch.eye(5).double()) < 1e-10
