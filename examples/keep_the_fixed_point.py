@@ -22,9 +22,11 @@ class Own(nn.Module):
             deqlqr.bound_norm(self.second, max_norm=0.95)
 
     def state_shape(self, x: torch.Tensor) -> tuple[int, ...]:
+        """Return the shape of one sample's state."""
         return (self.second.out_features,)
 
     def forward(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return f(z, x)."""
         return self.second(torch.tanh(self.first(z) + self.input(x)))
 
 
