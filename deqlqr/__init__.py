@@ -6,6 +6,7 @@ block -> fixed point -> linearise -> LQR problem -> Riccati -> steady state -> u
 from deqlqr.adjoint import Costate, Implicit, Neumann
 from deqlqr.blocks import ConvBlock, DenseBlock
 from deqlqr.controls import Controls
+from deqlqr.costate import StepCostate, costate_step
 from deqlqr.cyclic_lqr import CyclicLQR
 from deqlqr.cyclic_riccati import CyclicDareSolution, solve_cyclic_dare
 from deqlqr.cyclic_steady_state import CyclicSteadyState, cyclic_steady_state
@@ -42,11 +43,7 @@ from deqlqr.runge_kutta import (
     GradientBlock,
     RungeKuttaBlock,
     RungeKuttaNet,
-    costate_step,
     runge_kutta_step,
-)
-from deqlqr.runge_kutta import (
-    Costate as RungeKuttaCostate,
 )
 from deqlqr.search import Doubling
 from deqlqr.solution import (
@@ -102,7 +99,7 @@ __all__ = [
     "make_tableau",
     "runge_kutta_step",
     "costate_step",
-    "RungeKuttaCostate",
+    "StepCostate",
     "RungeKuttaNet",
     "ControlledODE",
     # parametrisations

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
+from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
@@ -122,3 +123,15 @@ def one_forward_level(name: str) -> None:
             f"{name} has no forward derivative of a forward derivative: a torch custom function "
             "loses the outer one. Use torch.func.hessian, or jacrev for one of the two."
         )
+
+
+def injection(x: Tensor | None, width: int, *, image: bool = False) -> None:
+    """Refuse an x that is not (batch, width), or (batch, width, height, width') for images.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if x is None or x.dim() != (4 if image else 2) or x.shape[1] != width:
+        wanted = f"(batch, {width}, height, width)" if image else f"(batch, {width})"
+        got = None if x is None else tuple(x.shape)
+        raise ValueError(f"x must have shape {wanted}, got {got}.")

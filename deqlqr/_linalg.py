@@ -1,5 +1,6 @@
 """Small pieces of linear algebra on batches of matrices, shared by the solvers."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -79,3 +80,9 @@ def batch_first(X: Any, dim: int | None, size: int) -> Any:
 def zeros_if_none(X: Tensor | None, like: Tensor) -> Tensor:
     """Return X, or zeros for a derivative that autograd leaves out."""
     return torch.zeros_like(like) if X is None else X
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether all entries of all tensors are finite; one look at the device for all."""
+    found = [t.isfinite().all() for t in tensors]
+    return not found or bool(torch.stack(found).all())

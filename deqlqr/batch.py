@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from deqlqr._linalg import full_precision
 from deqlqr.controls import Controls
-from deqlqr.deq import DEQ
+from deqlqr.deq import DEQ, layers_of
 from deqlqr.linearize_samples import check_input
 from deqlqr.loss import Loss
 from deqlqr.sensitivity import Sensitivity
@@ -59,7 +59,7 @@ class Batch:
     @property
     def layers(self) -> list[DEQ]:
         """The model's DEQ layers."""
-        return [module for module in self.model.modules() if isinstance(module, DEQ)]
+        return layers_of(self.model)
 
     def visit(
         self, take: Callable[[Chunk], None]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqlqr._checks import choice
+from deqlqr._checks import choice, injection
 from deqlqr.held import held
 from deqlqr.phases import PhaseMap
 from deqlqr.spectral_bound import operator_norm, within
@@ -75,8 +75,7 @@ class DenseBlock(nn.Module):
             ValueError: If x does not have shape `(batch, input_size)`.
         """
         width = self.state_size if self.input_size is None else self.input_size
-        if x.dim() != 2 or x.shape[1] != width:
-            raise ValueError(f"x must have shape (batch, {width}), got {tuple(x.shape)}.")
+        injection(x, width)
         injected = x if self.input is None else self.input(x)
         return _ACTIVATIONS[self.activation](F.linear(z, self.weight, self.state.bias) + injected)
 
@@ -167,10 +166,7 @@ class ConvBlock(nn.Module):
         Raises:
             ValueError: If x does not have that shape.
         """
-        if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"x must have shape (batch, {self.channels}, height, width), got {tuple(x.shape)}."
-            )
+        injection(x, self.channels, image=True)
         inner = self.norm1(F.relu(self.conv1(z)))
         fz = self.norm3(F.relu(z + self.norm2(x + self.conv2(inner))))
         if self.max_lipschitz is None:

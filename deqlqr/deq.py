@@ -265,13 +265,18 @@ class Tap:
         return block(self.z, *inputs, **shared)
 
 
+def layers_of(model: nn.Module) -> list[DEQ]:
+    """Return the DEQ layers of a model."""
+    return [module for module in model.modules() if isinstance(module, DEQ)]
+
+
 def find_deq(model: nn.Module) -> DEQ:
     """Return the one DEQ layer of a model.
 
     Raises:
         ValueError: If the model has none or several.
     """
-    layers = [module for module in model.modules() if isinstance(module, DEQ)]
+    layers = layers_of(model)
     if len(layers) != 1:
         raise ValueError(f"model must contain exactly one DEQ layer, found {len(layers)}.")
     return layers[0]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqlqr._checks import at_least, choice, count
+from deqlqr._checks import at_least, choice, count, injection
 from deqlqr.spectral_bound import operator_norm, within
 
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}  # with slopes in [0, 1], as (VF2) needs
@@ -347,13 +347,8 @@ class ConvGradientField(_BoundedField):
         return F.conv_transpose2d(y, weight, padding=self.padding)
 
     def _require_input(self, x: Tensor | None) -> None:
-        if x is None and self.input_channels is None:
-            return
-        wanted = self.channels if self.input_channels is None else self.input_channels
-        if x is None or x.dim() != 4 or x.shape[1] != wanted:
-            raise ValueError(
-                f"x must have shape (batch, {wanted}, height, width), got {_shape(x)}."
-            )
+        if x is not None or self.input_channels is not None:
+            injection(x, self.input_channels or self.channels, image=True)
 
 
 class LayerField(Field):
@@ -410,12 +405,5 @@ class LayerField(Field):
 
 def _require_vectors(x: Tensor | None, state_size: int, input_size: int | None) -> None:
     """Refuse an x that is not (batch, input_size), or (batch, n) or nothing without that size."""
-    if x is None and input_size is None:
-        return
-    width = state_size if input_size is None else input_size
-    if x is None or x.dim() != 2 or x.shape[1] != width:
-        raise ValueError(f"x must have shape (batch, {width}), got {_shape(x)}.")
-
-
-def _shape(x: Tensor | None) -> tuple[int, ...] | None:
-    return None if x is None else tuple(x.shape)
+    if x is not None or input_size is not None:
+        injection(x, input_size or state_size)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from deqlqr._checks import at_least
+from deqlqr._linalg import all_finite
 from deqlqr.layer_calls import calls_recorded
 from deqlqr.loss import LossLike, make_loss
 from deqlqr.monitor import penalty_of
@@ -86,7 +87,7 @@ class GradientStep:
                 loss = loss + self.penalty * penalty_of(calls, self.taken)
             self.optimizer.zero_grad()
             loss.backward()
-            if not all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None):
+            if not all_finite(p.grad for p in parameters if p.grad is not None):
                 raise ConvergenceError("the gradient is not finite.")
             return loss.detach()
 

@@ -3,10 +3,10 @@
 Every few steps the guard looks at the model on the batch just used: whether all samples have a
 fixed point, whether everything is finite, and at the spectral radius rho of A = df/dz of the
 samples that converge slowest. Those that were slowest where a look failed go with every later look.
-What passes is remembered. Where a look fails, the guard first tries
-to go on from there: it brings down the growth (J3) of the slowest samples, at their states z,
+What passes is remembered. Where a look fails, the guard first tries to go on from there: it brings
+down the growth (J3) of the slowest samples, at their states z,
 
-    (GU1)  theta <- theta - 2/5 J3 g / |g|^2,   g = dJ3/dtheta,   until rho <= 0.9 of the largest.
+    (GU1)  theta <- theta - 2/5 J3 g / |g|^2,   g = dJ3/dtheta,   until rho <= 0.9 of the largest,
 
 and steps become a little shorter. If no look passes then, the way gone since the last good state is
 shortened,
@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from deqlqr._checks import at_least, count
+from deqlqr._linalg import all_finite
 from deqlqr.batch import statistics_held
-from deqlqr.layer_calls import LayerCall, calls_recorded, failures_returned, layers_of
+from deqlqr.deq import layers_of
+from deqlqr.layer_calls import LayerCall, calls_recorded, failures_returned
 from deqlqr.monitor import jacobian_growth, jacobian_radius
 from deqlqr.solution import ConvergenceError
 
@@ -46,6 +48,7 @@ _ROUNDS = 20  # steps of (GU1)
 _HARDEST = 16  # samples that go with every look
 _SHORTEST = 2.0**-10  # factor on the step length
 _PERSISTENCE = 12  # looks in a row that fail before training stops
+_MEMORY = ("damping_factor", "unchecked")  # of `ImplicitNGD`, kept among a group's options
 
 
 class Stepper(Protocol):
@@ -54,7 +57,7 @@ class Stepper(Protocol):
     model: nn.Module
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take a step and return the loss before it."""
+        """Take a step and return the loss before it, or raise and leave the parameters alone."""
 
 
 def _radius(call: LayerCall) -> float:
@@ -164,20 +167,18 @@ class Guard:
             elif not self._calmed(x):
                 raise ConvergenceError(f"training cannot start: {look.reason}.")
         while True:
-            before = _values(self.model)
             try:
                 with self._rates_scaled():
                     loss = self.stepper.step(x, y)
                 break
             except ConvergenceError as error:
-                _assign(self.model, before)
                 if self._calmed(x):
                     self._fail(str(error))
                 else:
                     self.take_back(str(error))
                     self._calmed(x)
         self._since += 1
-        if self._since >= self._interval or not _finite(self.model):
+        if self._since >= self._interval or not all_finite(self.model.parameters()):
             self.check(x)
         return loss
 
@@ -214,7 +215,7 @@ class Guard:
             x: Inputs `(batch, ...)`.
         """
         self.counts["looks"] += 1
-        if not _finite(self.model):  # a block may not even run with such parameters
+        if not all_finite(self.model.parameters()):  # a block may not even run with such parameters
             self.last_look = Look(1.0, False, float("nan"), "parameters are not finite")
             return self.last_look
         x = self._with_hard(x)
@@ -270,7 +271,7 @@ class Guard:
 
     def _shorten(self, x: Tensor) -> bool:
         """Shorten the way since the last good state (GU2); return whether a look passes then."""
-        if not self._good or not _finite(self.model):
+        if not self._good or not all_finite(self.model.parameters()):
             return False
         end, start = _values(self.model), self._good[-1]["model"]
         for j in range(1, _SHORTENINGS + 1):
@@ -315,7 +316,8 @@ class Guard:
         if not growth.requires_grad:
             return False
         found = torch.autograd.grad(growth, among, allow_unused=True)
-        square = sum(float(g.square().sum()) for g in found if g is not None)
+        squares = [g.square().sum() for g in found if g is not None]
+        square = float(torch.stack(squares).sum()) if squares else 0.0
         if not 0 < square < float("inf"):
             return False
         with torch.no_grad():
@@ -407,9 +409,6 @@ class Guard:
         self.last_look = None if state["last_look"] is None else Look(**state["last_look"])
 
 
-_MEMORY = ("damping_factor", "unchecked")  # of `ImplicitNGD`, kept among a group's options
-
-
 def _values(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the trained parameters."""
     named = model.named_parameters()
@@ -421,10 +420,6 @@ def _assign(model: nn.Module, values: dict[str, Tensor]) -> None:
     for name, p in model.named_parameters():
         if name in values:
             p.copy_(values[name])
-
-
-def _finite(model: nn.Module) -> bool:
-    return all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 @contextmanager

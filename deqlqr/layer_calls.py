@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from deqlqr.deq import DEQ
+from deqlqr.deq import DEQ, layers_of
 from deqlqr.solver import FixedPointSolution
 
 
@@ -28,11 +28,6 @@ class LayerCall:
     shared: dict[str, Any]
     z: Any
     solution: FixedPointSolution | None
-
-
-def layers_of(model: nn.Module) -> list[DEQ]:
-    """Return the DEQ layers of a model."""
-    return [module for module in model.modules() if isinstance(module, DEQ)]
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def jacobian_radius(layer: DEQ, z: Any, *inputs: Any, **shared: Any) -> Tensor:
     """
     call = Call(layer, inputs, shared, z)
     at = call.start
-    with _random_numbers_kept(at):
+    with torch.no_grad(), _random_numbers_kept(at):
         product = pullback_at(call.evaluate, at, call.tensors)  # A', which has the same eigenvalues
         if at.shape[1] <= 64:
             return _eigenvalue_radius(matrix_of(product, at))
@@ -135,7 +135,7 @@ def jacobian_radius(layer: DEQ, z: Any, *inputs: Any, **shared: Any) -> Tensor:
 @contextmanager
 def _random_numbers_kept(like: Tensor) -> Generator[None, None, None]:
     devices = [like.device] if like.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices):
         yield
 
 
@@ -188,7 +188,7 @@ def jacobian_growth(layer: DEQ, z: Any, *inputs: Any, **shared: Any) -> Tensor:
         shared: Its keywords.
     """
     call = Call(layer, inputs, shared, z)
-    with _random_numbers_kept(call.start):
+    with torch.no_grad(), _random_numbers_kept(call.start):
         e = _led(pullback_at(call.evaluate, call.start, call.tensors), call.start)
     at = call.shape.flatten(z)
     _, pull = pullback(lambda z: call.evaluate(z, *call.tensors), at)

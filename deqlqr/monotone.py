@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqlqr._checks import at_least, choice, count
+from deqlqr._checks import at_least, choice, count, injection
 from deqlqr.held import held
 from deqlqr.phases import PhaseMap
 from deqlqr.spectral_bound import operator_norm, within
@@ -240,8 +240,7 @@ class MonotoneBlock(_Monotone):
 
     def _check(self, x: Tensor) -> None:
         width = self.state_size if self.input_size is None else self.input_size
-        if x.dim() != 2 or x.shape[1] != width:
-            raise ValueError(f"x must have shape (batch, {width}), got {tuple(x.shape)}.")
+        injection(x, width)
 
     def _times(self, z: Tensor, A: Tensor, K: Tensor) -> Tensor:
         return self.margin * z + F.linear(F.linear(z, A), A.mT) - F.linear(z, K)
@@ -331,10 +330,7 @@ class ConvMonotoneBlock(_Monotone):
 
     def _check(self, x: Tensor) -> None:
         width = self.channels if self.input_channels is None else self.input_channels
-        if x.dim() != 4 or x.shape[1] != width:
-            raise ValueError(
-                f"x must have shape (batch, {width}, height, width), got {tuple(x.shape)}."
-            )
+        injection(x, width, image=True)
         if self.padding == "circular" and min(x.shape[2:]) < self.kernel_size:
             raise ValueError(
                 f"x must have at least {self.kernel_size} x {self.kernel_size} pixels, the size of "
@@ -353,14 +349,18 @@ class ConvMonotoneBlock(_Monotone):
 
     def _solve(self, y: Tensor, alpha: float | Tensor, A: Tensor, K: Tensor) -> Tensor:
         # A circular convolution multiplies the Fourier coefficients of each frequency by a matrix.
-        size = y.shape[2:]
-        wide = torch.promote_types(y.dtype, torch.float32)
-        A_hat, K_hat = (self._transfer(kernel.to(wide), size) for kernel in (A, K))
-        I = torch.eye(self.channels, dtype=A_hat.dtype, device=A_hat.device)
-        G = self.margin * I + A_hat.mH @ A_hat - K_hat  # (height, width', channels, channels)
-        inverse = torch.linalg.inv(I + alpha * G)
+        size, wide = y.shape[2:], torch.promote_types(y.dtype, torch.float32)
+        make = lambda: self._inverse(alpha, A.to(wide), K.to(wide), size)
+        inverse = held(("resolvent", self.margin, size), make, A, K)
         y_hat = torch.einsum("hwoi,bihw->bohw", inverse, torch.fft.rfft2(y.to(wide)))
         return torch.fft.irfft2(y_hat, s=tuple(size)).to(y.dtype)
+
+    def _inverse(self, alpha: float | Tensor, A: Tensor, K: Tensor, size: torch.Size) -> Tensor:
+        """Return (I + alpha G)^-1, `(height, width/2 + 1, channels, channels)`."""
+        A_hat, K_hat = (self._transfer(kernel, size) for kernel in (A, K))
+        I = torch.eye(self.channels, dtype=A_hat.dtype, device=A_hat.device)
+        G = self.margin * I + A_hat.mH @ A_hat - K_hat
+        return torch.linalg.inv(I + alpha * G)
 
     def _transfer(self, kernel: Tensor, size: torch.Size) -> Tensor:
         """Return the matrices (height, width/2 + 1, channels, channels) of a circular kernel."""

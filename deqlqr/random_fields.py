@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqlqr._checks import at_least, choice, count
+from deqlqr._checks import at_least, choice, count, injection
 from deqlqr.phases import PhaseMap
 from deqlqr.runge_kutta import runge_kutta_step
 from deqlqr.tableau import Tableau, make_tableau
@@ -212,8 +212,7 @@ class RandomFieldBlock(nn.Module):
             ValueError: If x does not have shape `(batch, input_size)`.
         """
         width = self.state_size if self.input_size is None else self.input_size
-        if x.dim() != 2 or x.shape[1] != width:
-            raise ValueError(f"x must have shape (batch, {width}), got {tuple(x.shape)}.")
+        injection(x, width)
         if self.input_size is None:
             return self.vector_fields(z, self.weights) + x  # (RF3)
         injected = F.linear(x, self.U.flatten(0, 1)).unflatten(1, self.U.shape[:2])

@@ -10,7 +10,7 @@ from deqlqr._checks import Options, at_least, choice, count
 from deqlqr._linalg import full_precision
 from deqlqr.batch import Batch, Chunk
 from deqlqr.cyclic_route import SweepOptions, linearize_cyclic
-from deqlqr.deq import DEQ
+from deqlqr.deq import layers_of
 from deqlqr.direction import Local, Steepest
 from deqlqr.divergence import Divergence, Euclidean, Newton, OutputDivergence
 from deqlqr.kronecker import Factors, KroneckerMetric
@@ -146,7 +146,7 @@ class Cyclic(Options):
 
 
 def _one_layer(model: nn.Module) -> str | None:
-    layers = sum(isinstance(module, DEQ) for module in model.modules())
+    layers = len(layers_of(model))
     if layers == 1:
         return None
     return (

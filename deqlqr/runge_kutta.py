@@ -13,11 +13,9 @@ bracket is not negative; as Y_1 = z in an explicit method.
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp
 
 from deqlqr._checks import at_least, choice, count
 from deqlqr.fields import ConvGradientField, Field, GradientField, LayerField, Monotonicity
@@ -45,84 +43,8 @@ def runge_kutta_step(
     """
     slopes: list[Tensor] = []
     for row in tableau.a:
-        slopes.append(v(_moved(z, h, row, slopes)))
-    return _moved(z, h, tableau.b, slopes)
-
-
-class Costate(NamedTuple):
-    """What `costate_step` returns.
-
-    Attributes:
-        p: The costate before the step, `(batch, *state)`.
-        parameters: Gradient of the loss in each of the field's parameters, by name.
-        step: Gradient of the loss in the step size, a scalar.
-    """
-
-    p: Tensor
-    parameters: dict[str, Tensor]
-    step: Tensor
-
-
-def costate_step(
-    field: Field,
-    z: Tensor,
-    x: Tensor | None,
-    h: float | Tensor,
-    tableau: Tableau,
-    p: Tensor,
-) -> Costate:
-    """Take the costate back over one step (RK1) by the symplectic partner (RK3) of the method.
-
-    With V_i = dv/dz and D_i = dv/dparameters at the stage Y_i, backwards from the last stage,
-
-        (RK5)  P_i = p+ + h sum_j (b_j a_ji / b_i) V_j' P_j,     p = p+ + h sum_i b_i V_i' P_i,
-               parameters = h sum_i b_i D_i' P_i,                step = sum_i b_i <P_i, v_i>
-
-    which is what backpropagation through the step gives. The last sum is the mean of the
-    Hamiltonian <p, v> over the stages. All of it can be differentiated; where it need not be, call
-    within `torch.no_grad()`.
-
-    Args:
-        field: v.
-        z: State before the step, `(batch, *state)`.
-        x: Injection, or `None`.
-        h: Step size.
-        tableau: The method, with positive weights.
-        p: p+, gradient of the loss in the state after the step, `(batch, *state)`.
-
-    Returns:
-        p, and the gradients in the parameters and in h, summed over the batch.
-
-    Raises:
-        ValueError: If a weight of the method is not positive or p has not the shape of z.
-
-    Source: M. Benning, E. Celledoni, M. Ehrhardt, B. Owren and C.-B. Schoenlieb (2019). Deep
-    learning as optimal control problems: models and numerical methods. arXiv:1904.05657. Its
-    lam_i are -V_i' P_i.
-    """
-    if p.shape != z.shape:
-        raise ValueError(f"p must have the shape {tuple(z.shape)} of z, got {tuple(p.shape)}.")
-    a, (_, b) = tableau.a, tableau.partner()
-    parameters = dict(field.named_parameters())
-    v = lambda values, y: functional_call(field, values, (y, x))
-    slopes: list[Tensor] = []
-    pullbacks = []
-    for row in a:
-        stage = vjp(v, parameters, _moved(z, h, row, slopes))
-        slopes.append(stage[0])
-        pullbacks.append(stage[1])
-    pulled: list[Tensor] = []  # V_j' P_j of the stages after i, the last one first
-    at_parameters = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    at_step = p.new_zeros(())
-    for i in reversed(range(tableau.stages)):
-        later = [b[j] * a[j][i] / b[i] for j in reversed(range(i + 1, tableau.stages))]
-        P = _moved(p, h, later, pulled)  # (RK5)
-        in_parameters, in_state = pullbacks[i](P)
-        pulled.append(in_state)
-        for name, value in in_parameters.items():
-            at_parameters[name] = at_parameters[name] + h * float(b[i]) * value
-        at_step = at_step + float(b[i]) * (P * slopes[i]).sum()
-    return Costate(_moved(p, h, b[::-1], pulled), at_parameters, at_step)
+        slopes.append(v(moved(z, h, row, slopes)))
+    return moved(z, h, tableau.b, slopes)
 
 
 def contraction_constant(
@@ -449,10 +371,10 @@ class RungeKuttaNet(nn.Module):
         return states
 
 
-def _moved(
+def moved(
     z: Tensor, h: float | Tensor, weights: Sequence[float | Fraction], slopes: Sequence[Tensor]
 ) -> Tensor:
-    """Return z + h sum_j weights_j slopes_j over the slopes there are."""
+    """Return z + h sum_j weights_j slopes_j over the slopes there are, of the shape of z."""
     for weight, slope in zip(weights, slopes, strict=False):
         if weight != 0:
             z = z + h * float(weight) * slope  # (RK1)

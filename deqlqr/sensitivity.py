@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deqlqr.controls import Controls
-from deqlqr.deq import DEQ
+from deqlqr.deq import layers_of
 from deqlqr.uses import Use, Uses
 
 
@@ -38,9 +38,8 @@ class Sensitivity:
         recorder = Uses(len(x))
         recorder.mark(x)
         with ExitStack() as stack:
-            for layer in model.modules():
-                if isinstance(layer, DEQ):
-                    stack.enter_context(layer.pinning(recorder))
+            for layer in layers_of(model):
+                stack.enter_context(layer.pinning(recorder))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(recorder)
             self._y = model(x)

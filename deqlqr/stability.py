@@ -38,16 +38,16 @@ class Outcome:
         failure: Why it stopped early, or `None`.
         accuracy: On the test set, after its last whole epoch; `None` if it finished none.
         lost: Share of the test samples without a fixed point then.
-        events: Times that the guard shortened the way or took it back.
-        seconds: Of training.
+        shortened: Times that the guard shortened the way; `None` without one.
+        taken_back: Times that it took it back.
     """
 
     steps: int
     failure: str | None
     accuracy: float | None
     lost: float | None
-    events: int | None
-    seconds: float
+    shortened: int | None
+    taken_back: int | None
 
 
 def configs(data_root: Path, epochs: int = 4) -> dict[tuple[str, str, float], TrainConfig]:
@@ -119,13 +119,16 @@ def _outcome(config: TrainConfig, folder: Path) -> Outcome:
         failure=failure,
         accuracy=None if last is None else last["accuracy"],
         lost=None if last is None else last["test_not_converged"] / _TEST_SAMPLES,
-        events=looked[-1]["shortened"] + looked[-1]["taken_back"] if looked else None,
-        seconds=lines[-1]["seconds"] if lines else 0.0,
+        shortened=looked[-1]["shortened"] if looked else None,
+        taken_back=looked[-1]["taken_back"] if looked else None,
     )
 
 
 def table(outcomes: dict[tuple[str, str, float], Outcome]) -> list[str]:
-    """Return a Markdown table: a row for each case and optimizer, a column for each rate."""
+    """Return a Markdown table: a row for each case and optimizer, a column for each rate.
+
+    In brackets: how often the guard shortened the way, and took it back.
+    """
     rows: dict[tuple[str, str], list[str]] = {}
     for (case, optimizer, lr), outcome in outcomes.items():
         rows.setdefault((case, optimizer), []).append(f"{lr:g}: {_cell(outcome)}")
@@ -142,4 +145,5 @@ def _cell(outcome: Outcome) -> str:
         return f"stopped after {outcome.steps} steps"
     assert outcome.accuracy is not None and outcome.lost is not None  # noqa: S101
     lost = f", {outcome.lost:.2%} lost" if outcome.lost > 0 else ""
-    return f"{outcome.accuracy:.1%}{lost}"
+    done = f" [{outcome.shortened}+{outcome.taken_back}]"
+    return f"{outcome.accuracy:.1%}{lost}{done if outcome.shortened or outcome.taken_back else ''}"

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from deqlqr._checks import at_least, choice, count
 from deqlqr.checkpoint import load_checkpoint, save_checkpoint
 from deqlqr.data import DATASETS, load_data
+from deqlqr.deq import layers_of
 from deqlqr.evaluation import evaluate
 from deqlqr.figures import plot_curves
 from deqlqr.gradient_step import GradientStep
 from deqlqr.guard import Guard, Stepper
-from deqlqr.layer_calls import layers_of
 from deqlqr.layer_inverse import INVERSES, make_inverse
 from deqlqr.linearize_samples import Minibatch
 from deqlqr.metrics import MetricsFile, read_metrics
@@ -284,7 +284,7 @@ class Trainer:
             ConvergenceError: If training cannot go on; the state before is in the checkpoint.
         """
         config = self.config
-        per_epoch = len(self.data.train_x) // config.batch_size
+        per_epoch = self._per_epoch
         total = per_epoch * config.epochs
         if config.max_steps is not None:
             total = min(total, config.max_steps)
@@ -333,6 +333,10 @@ class Trainer:
         )
 
     @property
+    def _per_epoch(self) -> int:
+        return len(self.data.train_x) // self.config.batch_size
+
+    @property
     def measure(self) -> str:
         """What the test set is judged by: `"accuracy"` or `"error"`."""
         return "error" if self.data.loss == "mse" else "accuracy"
@@ -373,8 +377,7 @@ class Trainer:
                 loss = float(self.stepper.step(*batch))
         else:
             loss = float((self.guard or self.stepper).step(*batch))
-            per_epoch = len(self.data.train_x) // self.config.batch_size
-            ends = (self.step + 1) % per_epoch == 0 or self.step + 1 == self.config.max_steps
+            ends = (self.step + 1) % self._per_epoch == 0 or self.step + 1 == self.config.max_steps
             if self.guard is not None and ends:
                 self.guard.check(batch[0])  # of the last steps
         self.seconds += time.perf_counter() - start
@@ -403,8 +406,9 @@ class Trainer:
 
     def _too_many_lost(self, lost: int, samples: int) -> str | None:
         """Return why a guarded run cannot go on like this, or `None`."""
-        guarded = self.guard is not None and self.step > self.config.warmup
-        if self.guard is None or not guarded or lost <= self.guard.max_failed * samples:
+        if self.guard is None or self.step <= self.config.warmup:
+            return None
+        if lost <= self.guard.max_failed * samples:
             return None
         return f"{lost} of {samples} test samples have no fixed point"
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deqlqr import DEQ, Controls, DenseBlock, ImplicitNGD
+from deqlqr.deq import layers_of
 from deqlqr.gradient_step import GradientStep
 from deqlqr.guard import Guard
-from deqlqr.layer_calls import layers_of
 from deqlqr.solution import ConvergenceError
 
 from .problems import randn, relative

@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call, jacrev, jvp, vmap
 
 from deqlqr import DEQ, ImplicitNGD, check_equivalence
+from deqlqr.costate import costate_step
 from deqlqr.fields import ConvGradientField, GradientField, LayerField, Monotonicity
 from deqlqr.runge_kutta import (
     ConvGradientBlock,
@@ -19,7 +20,6 @@ from deqlqr.runge_kutta import (
     RungeKuttaBlock,
     RungeKuttaNet,
     contraction_constant,
-    costate_step,
     runge_kutta_step,
 )
 from deqlqr.spectral_bound import operator_norm

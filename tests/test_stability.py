@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deqlqr import stability
-from deqlqr.layer_calls import layers_of
+from deqlqr.deq import layers_of
 from deqlqr.models import MODELS, NETS, make_model
 from deqlqr.stability import CASES, RATES, configs, run_stability, table
 from deqlqr.training import TrainConfig
@@ -40,7 +40,11 @@ def test_a_run_that_loses_its_fixed_point_is_told_from_one_that_ends(tmp_path, m
     lost, kept, bounded = found.values()
     assert lost.failure is not None and lost.steps < 5
     assert kept.failure is None and kept.lost <= 1e-3 and kept.steps == 5
-    assert bounded.failure is None and bounded.lost == 0 and bounded.events == 0
+    assert (
+        bounded.failure is None
+        and bounded.lost == 0
+        and bounded.shortened == bounded.taken_back == 0
+    )
     lines = table(found)
     assert f"stopped after {lost.steps} steps" in lines[2]
     assert f"0.1: {bounded.accuracy:.1%}" in lines[-1]

@@ -10,8 +10,8 @@ from torch import nn
 
 from deqlqr import DEQ, DenseBlock, ImplicitNGD
 from deqlqr.checkpoint import load_checkpoint
+from deqlqr.deq import layers_of
 from deqlqr.gradient_step import GradientStep
-from deqlqr.layer_calls import layers_of
 from deqlqr.training import CHECKPOINT, TrainConfig, Trainer, resume_config
 from deqlqr.unrolled import Unrolled, unrolled
 
