@@ -23,6 +23,7 @@ from deqlqr.divergence import (
 from deqlqr.equivalence import EquivalenceReport, EquivalenceRow, check_equivalence
 from deqlqr.fallback import Fallback
 from deqlqr.fields import ConvGradientField, Field, GradientField, LayerField, Monotonicity
+from deqlqr.finite_lqr import FiniteLQRSolution, solve_finite_lqr
 from deqlqr.fixed_point import fixed_point
 from deqlqr.gradient_step import GradientStep
 from deqlqr.guard import Guard, Look
@@ -37,7 +38,7 @@ from deqlqr.optim import ImplicitNGD, StepReport
 from deqlqr.random_fields import ControlledODE, RandomFieldBlock, RandomFields
 from deqlqr.resolvent import LinearSolution, Resolvent
 from deqlqr.riccati import DareSolution, solve_dare
-from deqlqr.routes import Cyclic, Dare, Kronecker, Krylov, Output, Route, Sampled
+from deqlqr.routes import Cyclic, Dare, Kronecker, Krylov, Output, Riccati, Route, Sampled
 from deqlqr.runge_kutta import (
     ConvGradientBlock,
     GradientBlock,
@@ -49,6 +50,7 @@ from deqlqr.search import Doubling
 from deqlqr.solution import (
     ConvergenceError,
     DareResult,
+    FiniteResult,
     FixedPointResult,
     ResultCode,
     SteinResult,
@@ -153,6 +155,8 @@ __all__ = [
     "spectral_radius",
     "solve_cyclic_dare",
     "CyclicDareSolution",
+    "solve_finite_lqr",
+    "FiniteLQRSolution",
     "solve_stein",
     "SteinSolution",
     "solve_cyclic_stein",
@@ -172,6 +176,7 @@ __all__ = [
     "Route",
     "Dare",
     "Cyclic",
+    "Riccati",
     "NeumannInverse",
     "LayerDamping",
     "Output",
@@ -192,6 +197,7 @@ __all__ = [
     "ResultCode",
     "FixedPointResult",
     "DareResult",
+    "FiniteResult",
     "SteinResult",
     "ConvergenceError",
 ]

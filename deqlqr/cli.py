@@ -33,7 +33,7 @@ from deqlqr.routes import ROUTES
 from deqlqr.solution import ConvergenceError
 from deqlqr.stability import CASES, run_stability
 from deqlqr.stability import table as stability_table
-from deqlqr.training import OPTIMIZERS, SCHEDULES, TrainConfig, Trainer, resume_config
+from deqlqr.training import OPTIMIZERS, OUTER, SCHEDULES, TrainConfig, Trainer, resume_config
 
 _DEFAULT = TrainConfig()
 _PATH = click.Path(path_type=Path)
@@ -108,6 +108,11 @@ def main() -> None:
               help="Steps between checks of the loss after a step.")  # fmt: skip
 @click.option("--penalty", type=float, default=_DEFAULT.penalty,
               help="Factor on the Jacobian penalty, with any optimizer.")  # fmt: skip
+@click.option("--outer", type=click.Choice(OUTER), default=_DEFAULT.outer,
+              help="Momentum around the steps of any optimizer but L-BFGS.")  # fmt: skip
+@click.option("--friction", type=float, default=_DEFAULT.friction,
+              help="Of --outer: a step keeps e^-friction of the momentum.")  # fmt: skip
+@click.option("--speed", type=float, help="Of --outer: most length of a step (relativistic).")
 @click.option("--guard/--no-guard", default=_DEFAULT.guard,
               help="Keep the fixed points: shorten or take back what loses them.")  # fmt: skip
 @click.option("--max-radius", type=float, default=_DEFAULT.max_radius,
@@ -156,6 +161,8 @@ def train(context: click.Context, **options: Any) -> None:
     else:
         if options["optimizer"] != "ingd":
             _unused(context, _ONLY_INGD, f"--optimizer {options['optimizer']}")
+        if options["outer"] == "none":
+            _unused(context, ("friction", "speed"), "--outer none")
         if not options["guard"]:
             _unused(context, ("max_radius", "guard_every"), "--no-guard")
         if options["data"] != "mnist":
@@ -175,7 +182,8 @@ def train(context: click.Context, **options: Any) -> None:
 
 @main.command(context_settings={"show_default": True})
 @click.option(
-    "--model", type=click.Choice([*SMALL_MODELS, "all"]), default="all", help="Which model."
+    "--model", type=click.Choice([*MODELS, "all"]), default="all",
+    help=f"Which model; all: {' and '.join(SMALL_MODELS)}.",
 )
 @click.option("--data", type=click.Choice(DATASETS), default="digits", help="Data set.")
 @click.option("--data-root", type=_PATH, help="Folder that holds MNIST/raw (for --data mnist).")

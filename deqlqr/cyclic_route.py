@@ -38,8 +38,8 @@ class SweepOptions:
     Attributes:
         inverse: Of (V1).
         adapt: Damping by layer; `None` for the optimizer's.
-        tol: Relative change of P that counts as converged.
-        max_sweeps: Most sweeps.
+        tol: Relative change of P that counts as converged, around a cycle.
+        max_sweeps: Most sweeps around it.
     """
 
     inverse: Inverse
@@ -72,7 +72,7 @@ class CyclicProblem:
         sweeps: SweepOptions | None,
     ) -> None:
         self.loss = local.loss
-        self.solutions: Sequence[FixedPointSolution] = [local.solution]
+        self.solutions: Sequence[FixedPointSolution] = local.solutions
         self._sizes, self._sweeps, self._controls = sizes, sweeps, local.controls
         self._lqr: CyclicLQR | None = None
         if local.B is None:
@@ -111,12 +111,15 @@ class CyclicProblem:
         shift = expanded(shifts, self._sizes, self._phases[0].A)
         parts = split_up(shift, self._controls)
         if self._sweeps is None:
-            return self._by_doubling(parts)
+            return self._exactly(parts)
         return self._by_sweeps(parts, self._sweeps)
 
-    def _by_doubling(self, shifts: Sequence[Tensor]) -> Direction:
-        assert self._lqr is not None  # noqa: S101  B is stored for doubling
-        lqr = self._lqr.damped(shifts)
+    def _stored(self) -> CyclicLQR:
+        assert self._lqr is not None  # noqa: S101  B is stored for what is solved exactly
+        return self._lqr
+
+    def _exactly(self, shifts: Sequence[Tensor]) -> Direction:
+        lqr = self._stored().damped(shifts)
         dare = factored_cyclic_dare(lqr, solver=_AS_IT_IS)
         known = Direction(
             None,
@@ -137,16 +140,13 @@ class CyclicProblem:
     def _by_sweeps(self, shifts: Sequence[Tensor], how: SweepOptions) -> Direction:
         first = self._phases[0].A
         least = [_one_number(part).expand(first.shape[:-2]) for part in shifts]
-        swept = sweep_cycle(
-            self._phases, least, inverse=how.inverse, adapt=how.adapt, tol=how.tol,
-            max_sweeps=how.max_sweeps,
-        )  # fmt: skip
-        assert swept.closed_loop_radius is not None  # noqa: S101
+        swept = self._swept(least, how)
+        radius = swept.closed_loop_radius
         known = Direction(
             None,
             float("nan"),
             reason=_why_not(swept, how),
-            closed_loop_radius=float(swept.closed_loop_radius.max()),
+            closed_loop_radius=None if radius is None else float(radius.max()),
             dare_iterations=swept.sweeps,
             truncation=float(swept.truncation.max()),
             layer_damping=tuple(
@@ -160,6 +160,12 @@ class CyclicProblem:
             delta[..., None].expand_as(u) for delta, u in zip(swept.delta, swept.u, strict=True)
         ]
         return self._completed(known, swept.u, swept.x, swept.residual, used)
+
+    def _swept(self, least: Sequence[Tensor], how: SweepOptions) -> Swept:
+        return sweep_cycle(
+            self._phases, least, inverse=how.inverse, adapt=how.adapt, tol=how.tol,
+            max_sweeps=how.max_sweeps,
+        )  # fmt: skip
 
     def _completed(
         self,
@@ -198,8 +204,8 @@ def _why_not(swept: Swept, how: SweepOptions) -> str | None:
             f"the Neumann series diverges: rho / delta = {ratio:.3g} in phase {phase}; raise the "
             "damping, or take damping='adaptive-layer'"
         )
-    assert swept.closed_loop_radius is not None  # noqa: S101
-    if not bool((swept.closed_loop_radius < 1).all()):
+    radius = swept.closed_loop_radius
+    if radius is not None and not bool((radius < 1).all()):
         return "the closed loop is not stable, or P not finite"
     if not bool(swept.converged.all()):
         return f"P has not settled within {how.max_sweeps} sweeps"
@@ -213,11 +219,12 @@ def linearize_cyclic(
     minibatch: Minibatch,
     max_states: int,
     sweeps: SweepOptions | None,
+    make: type[CyclicProblem] = CyclicProblem,
 ) -> CyclicProblem:
     """Linearise the model on a batch, layer by layer, all its chunks together.
 
     Returns:
-        A `CyclicProblem`.
+        A problem of the class `make`.
 
     Raises:
         ValueError: If data and model do not fit together, the samples are not independent, the
@@ -230,7 +237,7 @@ def linearize_cyclic(
     local = linearize_phases(
         at.model, x, y, at.loss, divergence, max_states=each, stored=not by_products
     )
-    return CyclicProblem(local, minibatch, dtype, at.controls.sizes, sweeps)
+    return make(local, minibatch, dtype, at.controls.sizes, sweeps)
 
 
 def _mean(u: Tensor) -> Tensor:
@@ -247,7 +254,7 @@ def _one_number(shift: Tensor) -> Tensor:
         return shift.new_ones(())  # of no consequence
     if bool((shift != shift[0]).any()):
         raise ValueError(
-            "route 'cyclic' by sweeps takes one damping for all parameters of a layer, got "
-            f"{float(shift.min()):g} to {float(shift.max()):g} from the parameter groups."
+            "damping by layer and the Neumann series take one damping for all parameters of a "
+            f"layer, got {float(shift.min()):g} to {float(shift.max()):g} from the parameter groups."
         )
     return shift[0]

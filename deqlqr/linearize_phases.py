@@ -1,4 +1,4 @@
-"""A model at its fixed point, linearised layer by layer: one LQR phase for each.
+"""A model linearised layer by layer, a DEQ at its fixed point: one LQR phase for each.
 
     (N4)  phase 0      reads the output:  x_1 = x_0 = dz,  with all costs:  Q, M, R of (H3), a, b
           phase k > 0  is the block's layer f_k:  A_k = df_k/ds_k,  B_k = df_k/du_k
@@ -10,10 +10,13 @@ What it does at a later layer j, as a weight used twice does, is carried there i
     (N5)  e_j <- e_j + df_j/du u,     s_{j+1} = A_j s_j + B_j u_j + e_j
 
 so that the cycle has the block's own derivatives whatever its structure, and (F5) holds exactly.
+An explicit network is a block that does not use its z: A_1 = 0, the readout is the identity, and
+the cycle falls apart into a finite horizon (L3): phases 1 to p, the costs of phase 0 at its end.
+
 For the Newton divergence the layers' Hamiltonians f_k'p_{k+1} give Q_k, R_k, M_k, with the costates
 p_k = A_k'p_{k+1}; there a parameter may enter only one phase.
 
-Source: thesis section 4.3, with the corrections of docs/maths.md.
+Source: thesis sections 3.2 and 4.3, with the corrections of docs/maths.md.
 """
 
 from collections.abc import Sequence
@@ -22,15 +25,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from deqlqr.block_layers import BlockLayers
 from deqlqr.cyclic_lqr import CyclicLQR
+from deqlqr.deq import layers_of
 from deqlqr.divergence import Divergence, Euclidean, Newton, OutputDivergence
 from deqlqr.input_cost import InputCost
 from deqlqr.layer_inverse import Phase
 from deqlqr.layers import Layer, Layers
-from deqlqr.linearize_samples import Minibatch, pulled_back, require_independent, stacked
+from deqlqr.linearize_samples import Minibatch, pulled_back, stacked
 from deqlqr.loss import Loss
+from deqlqr.net_layers import NetLayers
 from deqlqr.phase_plan import Plan
 from deqlqr.solver import FixedPointSolution
+
+_MOST_ENTRIES = 2**28  # of a B that is stored: two gigabytes in float64
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class PhaseLinearization:
         b: `(batch, m_k)`.
         controls: Which entries of u are the controls of each phase, `(m_k,)`.
         loss: The mean loss J.
-        solution: Fixed point and certificate of every sample.
+        solutions: Fixed points and certificates of every sample, of the DEQ layer if there is one.
     """
 
     A: list[Tensor]
@@ -59,7 +67,7 @@ class PhaseLinearization:
     b: list[Tensor]
     controls: list[Tensor]
     loss: Tensor
-    solution: FixedPointSolution
+    solutions: Sequence[FixedPointSolution]
     plan: "Plan" = field(repr=False)
 
     def exact(self) -> CyclicLQR:
@@ -131,20 +139,22 @@ def linearize_phases(
             block has no phases or wrong ones, or a phase has more states than `max_states`.
         ConvergenceError: If a sample has no fixed point.
     """
-    at = Layers(model, x)
+    at: Layers = BlockLayers(model, x) if layers_of(model) else NetLayers(model, x)
     loss.check(at.outputs, y)
     if max_states is not None and max(at.sizes) > max_states:
         raise ValueError(
             f"x: {len(x)} samples of up to {max(at.sizes)} states between two layers are too many "
-            f"for the dense cyclic LQR, which takes {max_states} a sample here "
-            "(Cyclic(max_states=...)). Take a smaller batch, or route 'output', 'sampled', "
-            "'krylov' or 'kronecker'."
+            f"for a dense LQR, layer by layer, which takes {max_states} a sample here (the route's "
+            "max_states). Take a smaller batch, or route 'output', 'sampled', 'krylov' or "
+            "'kronecker'."
         )
+    if stored:
+        _require_small(at)
     layers = [at.layer(k, stored) for k in range(1, len(at.used))]
     at.require_derivatives(layers)
     plan = Plan(at, layers)
     read = at.readout(plan.own[0])
-    require_independent(model, x, at.solution, layers[-1].value, read.value)
+    at.require_independent(layers, read)
     outputs = read.value.detach().requires_grad_()
     cost = loss(outputs, y)
     (dJ,) = torch.autograd.grad(cost, outputs)
@@ -159,7 +169,26 @@ def linearize_phases(
     else:
         Q, M, R = _costs(divergence, read, *plan.sizes(A))
     B = plan.input_matrices(A) if stored else None
-    return PhaseLinearization(A, B, Q, R, M, a, b, plan.controls, cost.detach(), at.solution, plan)
+    return PhaseLinearization(A, B, Q, R, M, a, b, plan.controls, cost.detach(), at.solutions, plan)
+
+
+def _require_small(at: Layers) -> None:
+    """Refuse layers whose derivatives in the parameters would fill the memory.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for k, used in enumerate(at.used[1:], 1):
+        m = sum(at.controls.sizes[i] for i in used)
+        after = at.sizes[k] if k < len(at.sizes) else at.sizes[0]
+        entries = len(at.x) * after * m
+        if entries > _MOST_ENTRIES:
+            raise ValueError(
+                f"x: {len(at.x)} samples make the derivative of layer {k}, with {after} states and "
+                f"{m} parameters, {entries:.1e} numbers, more than {_MOST_ENTRIES:.1e}. Take a "
+                "smaller batch, inverse='neumann', which does not form it, or route 'output', "
+                "'sampled', 'krylov' or 'kronecker'."
+            )
 
 
 def _costs(

@@ -249,7 +249,7 @@ def _first_order(local: LocalMap, u: Tensor, z: Tensor, x: Tensor) -> _FirstOrde
 def require_independent(
     model: nn.Module, x: Tensor, solution: FixedPointSolution, fz: Tensor, y: Tensor
 ) -> None:
-    """Refuse a model whose batch and single samples disagree: (N1) would be another model's.
+    """Refuse a model whose batch and single samples disagree.
 
     Args:
         model: The model.
@@ -263,16 +263,24 @@ def require_independent(
     """
     with torch.no_grad(), find_deq(model).tapped(Tap(solution.value)) as tap:
         together = model(x)
-    batched = StateShape.of(solution.value).flatten(tap.fz), together
+    require_same_samples(fz, StateShape.of(solution.value).flatten(tap.fz))
+    require_same_samples(y, together)
+
+
+def require_same_samples(alone: Tensor, together: Tensor) -> None:
+    """Refuse a model whose batch and single samples disagree: (N1) would be another model's.
+
+    Raises:
+        ValueError: If they do.
+    """
+    gap = float((alone - together).abs().max())
     tolerance = 1e3 * torch.finfo(together.dtype).eps
-    for alone, value in zip((fz, y), batched, strict=True):
-        gap = float((alone - value).abs().max())
-        if not gap <= tolerance * max(1.0, float(value.abs().max())):
-            raise ValueError(
-                f"model mixes the samples of a batch or is random (outputs differ by {gap:.1e} "
-                "when samples go through alone): switch batch statistics and dropout off with "
-                "model.eval()."
-            )
+    if not gap <= tolerance * max(1.0, float(together.abs().max())):
+        raise ValueError(
+            f"model mixes the samples of a batch or is random (outputs differ by {gap:.1e} "
+            "when samples go through alone): switch batch statistics and dropout off with "
+            "model.eval()."
+        )
 
 
 def _quadratic_terms(

@@ -69,7 +69,8 @@ class StepReport:
         dare_residual: Largest residual of the DARE, of the last attempt.
         dare_iterations: Most doubling steps or sweeps, of the last attempt.
         iterations: Products with the metric, on the Krylov route.
-        truncation: Bound on the relative error of the inverses, on the cyclic route by sweeps.
+        truncation: Bound on the relative error of the inverses, on the routes "cyclic" by sweeps
+            and "riccati" with damping by layer or a series.
         layer_damping: Damping of every phase there: of what reads the output, then of the layers;
             NaN where there are no controls.
     """
@@ -129,14 +130,15 @@ class ImplicitNGD(torch.optim.Optimizer):
 
     Args:
         model: Module with outputs `(batch, k)`; routes `"dare"` and `"cyclic"` want exactly one
-            `DEQ` layer.
+            `DEQ` layer, `"riccati"` none.
         loss: `"cross_entropy"`, `"mse"` or a function `(outputs, targets) -> scalar`, a mean over
             the batch.
         lr: Step length; 1 takes the damped step as it is.
         damping: delta of R_bar = R + delta I, above 0.
-        route: How u is computed: `"dare"`, `"cyclic"`, `"output"`, `"sampled"`, `"krylov"`,
-            `"kronecker"`, or an object with options such as `Kronecker(refresh_every=50)`. All but
-            the last compute or estimate one and the same step; it approximates the metric.
+        route: How u is computed: `"dare"`, `"cyclic"`, `"riccati"`, `"output"`, `"sampled"`,
+            `"krylov"`, `"kronecker"`, or an object with options such as
+            `Kronecker(refresh_every=50)`. All but the last compute or estimate one and the same
+            step; it approximates the metric.
         divergence: What "steepest" is measured in (see `linearize`); `None` takes the one that
             matches the loss, which makes this natural gradient descent.
         momentum: Share of the last velocity in the next (O2).

@@ -9,7 +9,7 @@ Source: thesis section 4.3.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,7 +69,8 @@ def _declares(block: nn.Module) -> bool:
 class LayerPhases:
     """The layers of an `nn.Sequential` as phases.
 
-    A layer without trainable parameters belongs to the phase before it. What a subclass does in
+    The layers of a plain `nn.Sequential` among them count one by one. A layer without trainable
+    parameters belongs to the phase before it. What a subclass does in
     `forward` before its layers belongs to the first phase and what it does after them to the last;
     if it uses z again there, z is part of every state between.
 
@@ -164,12 +165,21 @@ class LayerPhases:
 def _grouped(block: nn.Sequential) -> list[list[nn.Module]]:
     """Return the layers by phases, each with trainable parameters (but where there are none)."""
     groups: list[list[nn.Module]] = [[]]
-    for layer in block:
+    for layer in _unnested(block):
         trains = lambda layers: any(p.requires_grad for m in layers for p in m.parameters())
         if trains([layer]) and trains(groups[-1]):
             groups.append([])
         groups[-1].append(layer)
     return groups
+
+
+def _unnested(block: nn.Sequential) -> Iterator[nn.Module]:
+    """Return the layers, those of a plain `nn.Sequential` within in its place."""
+    for layer in block:
+        if type(layer) is nn.Sequential:
+            yield from _unnested(layer)
+        else:
+            yield layer
 
 
 def _through(layers: Sequence[nn.Module], value: Any) -> Any:

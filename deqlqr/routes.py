@@ -13,6 +13,7 @@ from deqlqr.cyclic_route import SweepOptions, linearize_cyclic
 from deqlqr.deq import layers_of
 from deqlqr.direction import Local, Steepest
 from deqlqr.divergence import Divergence, Euclidean, Newton, OutputDivergence
+from deqlqr.finite_route import FiniteProblem
 from deqlqr.kronecker import Factors, KroneckerMetric
 from deqlqr.krylov import ConjugateGradients, KrylovSystem
 from deqlqr.layer_inverse import ExactInverse, InverseLike, make_inverse
@@ -83,7 +84,36 @@ LayerDampingLike = Literal["fixed", "adaptive-layer"] | LayerDamping
 
 
 @dataclass(frozen=True)
-class Cyclic(Options):
+class _ByLayers(Options):
+    """Options of the routes that solve one Riccati equation for each layer."""
+
+    minibatch: Minibatch = "exact"
+    inverse: InverseLike = "exact"
+    damping: LayerDampingLike | None = None
+    max_states: int = 4096
+
+    def __post_init__(self) -> None:
+        choice("minibatch", self.minibatch, get_args(Minibatch))
+        make_inverse(self.inverse)
+        if self.damping is not None and not isinstance(self.damping, LayerDamping):
+            choice("damping", self.damping, ("fixed", "adaptive-layer"))
+        count("max_states", self.max_states)
+
+    def _sweeps(self, tol: float, max_sweeps: int) -> SweepOptions | None:
+        """Return how to sweep, or `None` for the exact solution with one damping."""
+        inverse = make_inverse(self.inverse)
+        exact = isinstance(inverse, ExactInverse)
+        damping = ("fixed" if exact else "adaptive-layer") if self.damping is None else self.damping
+        if exact and damping == "fixed":
+            return None
+        adapt = damping if isinstance(damping, LayerDamping) else None
+        if damping == "adaptive-layer":
+            adapt = LayerDamping()
+        return SweepOptions(inverse, adapt, tol, max_sweeps)
+
+
+@dataclass(frozen=True)
+class Cyclic(_ByLayers):
     """The cyclic Riccati equations of the block's layers: the step of `Dare`, layer by layer.
 
     Takes blocks with phases: the package's, an `nn.Sequential` subclass with `forward(z, x)`, or
@@ -106,19 +136,11 @@ class Cyclic(Options):
         ValueError: If an option is out of range.
     """
 
-    minibatch: Minibatch = "exact"
-    inverse: InverseLike = "exact"
-    damping: LayerDampingLike | None = None
-    max_states: int = 4096
     tol: float = 1e-8
     max_sweeps: int = 1000
 
     def __post_init__(self) -> None:
-        choice("minibatch", self.minibatch, get_args(Minibatch))
-        make_inverse(self.inverse)
-        if self.damping is not None and not isinstance(self.damping, LayerDamping):
-            choice("damping", self.damping, ("fixed", "adaptive-layer"))
-        count("max_states", self.max_states)
+        super().__post_init__()
         count("max_sweeps", self.max_sweeps)
         at_least("tol", self.tol, 0.0, strict=True)
 
@@ -128,21 +150,45 @@ class Cyclic(Options):
 
     def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
         """Return A, B, Q, R, M, a, b of the batch, layer by layer."""
-        return linearize_cyclic(
-            at, divergence, dtype, self.minibatch, self.max_states, self._sweeps
+        sweeps = self._sweeps(self.tol, self.max_sweeps)
+        return linearize_cyclic(at, divergence, dtype, self.minibatch, self.max_states, sweeps)
+
+
+@dataclass(frozen=True)
+class Riccati(_ByLayers):
+    """The finite-horizon Riccati recursion of an explicit network's layers (L7): exact.
+
+    Takes an `nn.Sequential` without DEQ layer, or a module with a method `phases()` (see
+    `deqlqr.phases`). Dense in batch x state between two layers: for small layers. By another option
+    than `"exact"` and `"fixed"`, a layer's parameters need one damping.
+
+    Attributes:
+        minibatch: `"exact"`: one augmented LQR for the whole batch. `"per-sample"`: the mean of the
+            samples' own steps, another direction.
+        inverse: As for `Cyclic`.
+        damping: As for `Cyclic`.
+        max_states: As for `Cyclic`.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    def refuses(self, model: nn.Module, divergence: Divergence) -> str | None:
+        """Refuse a model with DEQ layers."""
+        layers = len(layers_of(model))
+        if layers == 0:
+            return None
+        return (
+            f"needs a network without DEQ layer, found {layers}; routes 'dare' and 'cyclic' take "
+            "one, 'output', 'sampled', 'krylov' and 'kronecker' any number"
         )
 
-    @property
-    def _sweeps(self) -> SweepOptions | None:
-        inverse = make_inverse(self.inverse)
-        exact = isinstance(inverse, ExactInverse)
-        damping = ("fixed" if exact else "adaptive-layer") if self.damping is None else self.damping
-        if exact and damping == "fixed":
-            return None
-        adapt = damping if isinstance(damping, LayerDamping) else None
-        if damping == "adaptive-layer":
-            adapt = LayerDamping()
-        return SweepOptions(inverse, adapt, self.tol, self.max_sweeps)
+    def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
+        """Return A, B, Q, R, M, a, b of the batch, layer by layer."""
+        sweeps = self._sweeps(0.0, 1)  # one sweep is all
+        return linearize_cyclic(
+            at, divergence, dtype, self.minibatch, self.max_states, sweeps, FiniteProblem
+        )
 
 
 def _one_layer(model: nn.Module) -> str | None:
@@ -151,7 +197,7 @@ def _one_layer(model: nn.Module) -> str | None:
         return None
     return (
         f"needs a model with exactly one DEQ layer, found {layers}; the routes "
-        "'output', 'sampled', 'krylov' and 'kronecker' take any number"
+        "'output', 'sampled', 'krylov' and 'kronecker' take any number, 'riccati' none"
     )
 
 
@@ -320,6 +366,7 @@ class Kronecker(_OfOutputs, Options):
 _BY_NAME: dict[str, type] = {
     "dare": Dare,
     "cyclic": Cyclic,
+    "riccati": Riccati,
     "output": Output,
     "sampled": Sampled,
     "krylov": Krylov,

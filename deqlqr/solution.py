@@ -64,6 +64,18 @@ class SteinResult(ResultCode):
     NON_FINITE = 3, "A or Q holds inf or NaN, or X overflows."
 
 
+class FiniteResult(ResultCode):
+    """Outcome of one finite-horizon LQR."""
+
+    SOLVED = 0, "The controls are the minimum."
+    INDEFINITE = (
+        1,
+        "R + B'PB is not positive definite at a stage: the cost has no minimum (Newton with a bad "
+        "Hessian). Raise the damping.",
+    )
+    NON_FINITE = 2, "A matrix holds inf or NaN, or the recursion overflowed."
+
+
 class ConvergenceError(RuntimeError):
     """A solve failed for at least one batch element and the caller asked to raise.
 

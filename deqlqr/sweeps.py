@@ -10,7 +10,7 @@ Source: thesis section 5.1.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Swept:
 
     Attributes:
         u: Controls of every phase, `(*batch, m_k)`.
-        x: States, `(*batch, n_k)`.
+        x: States, `(*batch, n_k)`; of a chain one more, the last.
         lam: Linear parts of the costates, `(*batch, n_k)`.
         P: `(*batch, n_k, n_k)`.
         delta: Damping of every phase, `(*batch,)`.
@@ -232,7 +232,8 @@ def sweep_chain(
         u = back.control(system, lam_next, x[-1])
         x.append(system.phase.A @ x[-1] + system.phase.B.times(u))
     done = torch.ones(P_end.shape[:-2], dtype=torch.bool, device=P_end.device)
-    return _finished(back, systems, Ps, (lam[:-1], lam[1:]), (x[:-1], x[1:]), 1, done, None)
+    swept = _finished(back, systems, Ps, (lam[:-1], lam[1:]), (x[:-1], x[1:]), 1, done, None)
+    return replace(swept, x=(*swept.x, x[-1][..., 0]))
 
 
 def as_phases(problem: CyclicLQR | Sequence[Phase]) -> Sequence[Phase]:

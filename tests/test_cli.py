@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
-import deqlqr.equivalence
+import deqlqr.deq_equivalence
 from deqlqr import DEQ, DenseBlock
 from deqlqr.checkpoint import load_checkpoint, save_checkpoint
 from deqlqr.cli import main
@@ -349,11 +349,11 @@ def test_check_prints_json_that_says_the_same(tiny_model: None) -> None:
     assert len(report["rows"]) >= 8
 
 
-@pytest.mark.parametrize("tolerance", ["_STEP_TOLERANCE", "_GRADIENT_TOLERANCE"])
+@pytest.mark.parametrize("tolerance", ["STEP_TOLERANCE", "GRADIENT_TOLERANCE"])
 def test_check_fails_if_one_row_fails(
     tiny_model: None, monkeypatch: pytest.MonkeyPatch, tolerance: str
 ) -> None:
-    monkeypatch.setattr(deqlqr.equivalence, tolerance, 0.0)
+    monkeypatch.setattr(deqlqr.deq_equivalence, tolerance, 0.0)
     result = call("check", "--model", "dense", "--samples", 2)
     assert result.exit_code == 1
     assert "FAILS" in result.stdout and "NOT every row holds" in result.stdout
@@ -398,6 +398,7 @@ def test_check_refuses_a_value_out_of_range(name: str, value: str) -> None:
     [
         (["--optimizer", "gd", "--damping", "1"], "--damping has no effect with --optimizer gd"),
         (["--data-root", "x"], "--data-root has no effect with --data digits"),
+        (["--speed", "1"], "--speed has no effect with --outer none"),
         (["--optimizer", "adam", "--adaptive"], "--adaptive has no effect with --optimizer adam"),
         (["--data", "sine2d", "--model", "conv"], "model 'conv' takes images"),
         (["--data", "sine2d", "--route", "dare"], "400 samples of 32 states are too many"),
@@ -420,6 +421,14 @@ def test_points_in_the_plane_have_defaults_of_their_own(no_figures: None) -> Non
     assert call("train", *options.split()).exit_code == 0
     config = TrainConfig.from_dict(load_checkpoint(Path("adam") / CHECKPOINT)["config"])
     assert (config.model, config.lr, config.schedule) == ("kutta4", 0.01, "constant")
+
+
+def test_an_outer_momentum_is_an_option_of_a_run(no_figures: None) -> None:
+    options = "--outer nesterov --friction 0.3 --speed 0.5 --out run"
+    assert call("train", *FAST, *options.split()).exit_code == 0
+    config = TrainConfig.from_dict(load_checkpoint(Path("run") / CHECKPOINT)["config"])
+    assert (config.outer, config.friction, config.speed) == ("nesterov", 0.3, 0.5)
+    misuse(call("train", "--outer", "leapfrog", "--momentum", 0.5), "momentum", "'leapfrog'")
 
 
 def test_guard_warmup_and_penalty_are_options_of_a_run(no_figures: None) -> None:
