@@ -5,13 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from deqlqr.deq import Tap
-from deqlqr.layers import Layer, Layers, LocalPhase, Walk, listed_phases, walked
+from deqlqr.layers import (
+    Layer,
+    Layers,
+    LocalPhase,
+    Walk,
+    listed_phases,
+    walked,
+)
 from deqlqr.linearize_samples import solved
 from deqlqr.phases import Phased, phases_of
 from deqlqr.state import StateShape
+from deqlqr.substitution import called_with
 
 
 class _Chain(Tap):
@@ -110,7 +117,7 @@ class BlockLayers(Layers):
 
         def local(u: Tensor, z: Tensor, x: Tensor) -> Tensor:
             with self.block_layer.tapped(Tap(shape.unflatten(z[None]))):
-                return functional_call(self.model, part.unflatten(u), (x[None],)).reshape(-1)
+                return called_with(self.model, part.unflatten(u), x[None]).reshape(-1)
 
         return local
 
@@ -123,7 +130,7 @@ class BlockLayers(Layers):
         def local(u: Tensor, s: Tensor, x: Tensor) -> Tensor:
             tap = _One(z, self._chain, k - 1, before.unflatten(s[None]))
             with self.block_layer.tapped(tap):
-                functional_call(self.model, part.unflatten(u), (x[None],))
+                called_with(self.model, part.unflatten(u), x[None])
             return after.flatten(tap.fz)[0]
 
         return local

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from deqlqr.adjoint import Implicit, Neumann, make_adjoint
@@ -17,6 +16,7 @@ from deqlqr.resolvent import Product, Resolvent
 from deqlqr.solution import FixedPointResult
 from deqlqr.solver import RowMap
 from deqlqr.state import StateShape
+from deqlqr.substitution import Substitution
 
 if TYPE_CHECKING:
     from deqlqr.deq import DEQ
@@ -63,6 +63,7 @@ class Call:
         self.start = cold if z0 is not None else self._warmed("z", cold, cold)
         self.frozen = Frozen(layer.block, first.device)
         named = tensors_of(layer.block)
+        self._block = Substitution(layer.block, named)
         # The block's own change at the end of the solve; the derivative is that of the solve.
         self.buffers = {name for name, _ in layer.block.named_buffers()}
         copied = self.buffers if layer.block.training else set()
@@ -92,7 +93,7 @@ class Call:
         shared = self._shared.filled(tensors[own : own + keywords])
         state = self.shape.unflatten(z)
         return self._checked(
-            lambda: functional_call(self.layer.block, given, (state, *inputs), shared),
+            lambda: self._block(given, (state, *inputs), shared),
             state,
             len(z),
         )

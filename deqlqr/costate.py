@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vjp
+from torch.func import vjp
 
 from deqlqr.fields import Field
 from deqlqr.runge_kutta import moved
+from deqlqr.substitution import called_with
 from deqlqr.tableau import Tableau
 
 
@@ -66,7 +67,7 @@ def costate_step(
         raise ValueError(f"p must have the shape {tuple(z.shape)} of z, got {tuple(p.shape)}.")
     a, (_, b) = tableau.a, tableau.partner()
     parameters = dict(field.named_parameters())
-    v = lambda values, y: functional_call(field, values, (y, x))
+    v = lambda values, y: called_with(field, values, y, x)
     slopes: list[Tensor] = []
     pullbacks = []
     for row in a:

@@ -189,8 +189,8 @@ def listed_phases(
         phases = chain.phases(*inputs, **shared)
     except TypeError as error:
         raise ValueError(
-            f"{name}.phases must take the block's inputs, those of forward after z; it raised: "
-            f"{error}."
+            f"{name}.phases must take the block's inputs, those of forward after z (a model's "
+            f"takes none); it raised: {error}."
         ) from error
     if not isinstance(phases, Sequence) or not phases or not all(map(callable, phases)):
         raise ValueError(

@@ -38,7 +38,7 @@ from deqlqr.net_layers import NetLayers
 from deqlqr.phase_plan import Plan
 from deqlqr.solver import FixedPointSolution
 
-_MOST_ENTRIES = 2**28  # of a B that is stored: two gigabytes in float64
+_MOST_ENTRIES = 2**28  # of a layer's B, M or R: two gigabytes in float64
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ def linearize_phases(
             "max_states). Take a smaller batch, or route 'output', 'sampled', 'krylov' or "
             "'kronecker'."
         )
-    if stored:
-        _require_small(at)
+    _require_small(at, stored, isinstance(divergence, Newton))
     layers = [at.layer(k, stored) for k in range(1, len(at.used))]
     at.require_derivatives(layers)
     plan = Plan(at, layers)
@@ -172,22 +171,28 @@ def linearize_phases(
     return PhaseLinearization(A, B, Q, R, M, a, b, plan.controls, cost.detach(), at.solutions, plan)
 
 
-def _require_small(at: Layers) -> None:
-    """Refuse layers whose derivatives in the parameters would fill the memory.
+def _require_small(at: Layers, stored: bool, newton: bool) -> None:
+    """Refuse layers whose matrices would fill the memory.
+
+    Args:
+        at: The layers.
+        stored: Whether B is formed.
+        newton: Whether R is dense.
 
     Raises:
         ValueError: If there is one.
     """
     for k, used in enumerate(at.used[1:], 1):
         m = sum(at.controls.sizes[i] for i in used)
-        after = at.sizes[k] if k < len(at.sizes) else at.sizes[0]
-        entries = len(at.x) * after * m
+        before, after = at.sizes[k - 1], at.sizes[k % len(at.sizes)]
+        wide = (before + m if newton else before, after if stored else 0)
+        entries = len(at.x) * m * max(wide)
         if entries > _MOST_ENTRIES:
+            others = "'krylov'" if newton else "'output', 'sampled', 'krylov' or 'kronecker'"
             raise ValueError(
-                f"x: {len(at.x)} samples make the derivative of layer {k}, with {after} states and "
-                f"{m} parameters, {entries:.1e} numbers, more than {_MOST_ENTRIES:.1e}. Take a "
-                "smaller batch, inverse='neumann', which does not form it, or route 'output', "
-                "'sampled', 'krylov' or 'kronecker'."
+                f"x: {len(at.x)} samples make a matrix of layer {k}, from {before} to {after} "
+                f"states with {m} parameters, of {entries:.1e} numbers, more than "
+                f"{_MOST_ENTRIES:.1e}. Take a smaller batch, or route {others}."
             )
 
 

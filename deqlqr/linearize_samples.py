@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev
+from torch.func import grad, jacrev
 
 from deqlqr._linalg import sym
 from deqlqr.controls import Controls
@@ -37,6 +37,7 @@ from deqlqr.loss import Loss, LossLike, make_loss
 from deqlqr.lqr import LQR
 from deqlqr.solver import FixedPointSolution
 from deqlqr.state import StateShape
+from deqlqr.substitution import called_with
 
 Minibatch = Literal["exact", "per-sample"]
 # (u, z_s, x_s) -> (f, y) of one sample: z_s is (n,), f (n,), y (k,)
@@ -228,7 +229,7 @@ def _local_map(model: nn.Module, layer: DEQ, controls: Controls, state: StateSha
 
     def local(u: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         with layer.tapped(Tap(state.unflatten(z[None]))) as tap:
-            y = functional_call(model, controls.unflatten(u), (x[None],))
+            y = called_with(model, controls.unflatten(u), x[None])
         if tap.fz is None:
             raise ValueError("model did not call its DEQ layer.")
         return state.flatten(tap.fz)[0], y.reshape(-1)

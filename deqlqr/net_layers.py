@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from deqlqr.batch import statistics_held
 from deqlqr.controls import Controls
 from deqlqr.layers import Layer, Layers, LocalPhase, listed_phases, walked
 from deqlqr.linearize_samples import check_input
 from deqlqr.phases import Phased, has_phases, phases_of
+from deqlqr.substitution import called_with
 
 
 class NetLayers(Layers):
@@ -34,8 +35,13 @@ class NetLayers(Layers):
             )
         self.model, self.x, self.controls = model, x, Controls(model)
         check_input(x, self.controls)
+        if not x.is_floating_point():
+            raise ValueError(
+                f"x must be floating point, a state like those between the layers, got {x.dtype}. "
+                "Routes 'output', 'sampled', 'krylov' and 'kronecker' take any."
+            )
         self.solutions = []
-        with torch.enable_grad():
+        with torch.enable_grad(), statistics_held(model):
             y = model(x)
             self._chain = phases_of(model, x, (), {})
             self._phases = _Phases(model, self._chain)
@@ -60,7 +66,9 @@ class NetLayers(Layers):
         """Refuse phases that are not those of the model, in value or in derivative."""
         name = type(self.model).__name__
         if not isinstance(y, Tensor) or not isinstance(last, Tensor) or y.shape != last.shape:
-            output, end = (getattr(v, "shape", type(v).__name__) for v in (y, last))
+            output, end = (
+                tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in (y, last)
+            )
             raise ValueError(f"the phases of {name} must end in its output, {output}; got {end}.")
         eps = torch.finfo(y.dtype).eps
         gap = float((y - last).detach().abs().max())
@@ -89,7 +97,7 @@ class NetLayers(Layers):
         def local(u: Tensor, s: Tensor, x: Tensor) -> Tensor:
             value = x[None] if k == 1 else before.unflatten(s[None])
             named = {f"model.{name}": value for name, value in part.unflatten(u).items()}
-            return after.flatten(functional_call(self._phases, named, (k - 1, value)))[0]
+            return after.flatten(called_with(self._phases, named, k - 1, value))[0]
 
         return local
 
@@ -99,7 +107,7 @@ class NetLayers(Layers):
 
 
 class _Phases(nn.Module):
-    """A model by its phases, so that `functional_call` reaches its parameters."""
+    """A model by its phases, so that `called_with` reaches its parameters."""
 
     def __init__(self, model: nn.Module, chain: Phased) -> None:
         super().__init__()

@@ -210,7 +210,7 @@ class _OfOutputs:
             return None
         return (
             "needs a divergence of the output (natural gradient), got "
-            f"{type(divergence).__name__}; the routes 'dare', 'cyclic' and 'krylov' take it"
+            f"{type(divergence).__name__}; 'dare', 'cyclic', 'riccati' and 'krylov' take it"
         )
 
 

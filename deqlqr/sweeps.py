@@ -174,12 +174,15 @@ def sweep_cycle(
     radius = spectral_radius(whole)
     lam = _costates(back, systems, loops)
     x = _states(back, systems, loops, lam)
+    u = [back.control(s, p, y) for s, p, y in zip(systems, following(lam), x, strict=True)]
     return _finished(
         back,
         systems,
         Ps,
         (lam, following(lam)),
         (x, following(x)),
+        u,
+        [back.radius(k, system.P) for k, system in enumerate(systems)],
         sweeps,
         done & (radius < 1),
         radius,
@@ -217,10 +220,11 @@ def sweep_chain(
     damping = _as_damping(damping, phases)
     back = BackwardSweep(phases, make_inverse(inverse))
 
+    rho: list[Tensor] = []
+
     def layer_damping(k: int, P_next: Tensor) -> Tensor:
-        if adapt is None:
-            return damping[k]
-        return torch.maximum(damping[k], adapt.margin * back.radius(k, P_next))
+        rho.insert(0, back.radius(k, P_next))
+        return damping[k] if adapt is None else torch.maximum(damping[k], adapt.margin * rho[0])
 
     Ps, loops, deltas = back.sweep(P_end, layer_damping)
     systems = back.systems([*Ps[1:], P_end], deltas)
@@ -228,11 +232,13 @@ def sweep_chain(
     for system, A_cl in zip(reversed(systems), reversed(loops), strict=True):
         lam.insert(0, A_cl.mT @ lam[0] + back.linear(system))
     x = [torch.zeros_like(lam[0]) if x0 is None else x0[..., None]]
+    u = []
     for system, lam_next in zip(systems, lam[1:], strict=True):
-        u = back.control(system, lam_next, x[-1])
-        x.append(system.phase.A @ x[-1] + system.phase.B.times(u))
+        u.append(back.control(system, lam_next, x[-1]))
+        x.append(system.phase.A @ x[-1] + system.phase.B.times(u[-1]))
     done = torch.ones(P_end.shape[:-2], dtype=torch.bool, device=P_end.device)
-    swept = _finished(back, systems, Ps, (lam[:-1], lam[1:]), (x[:-1], x[1:]), 1, done, None)
+    costates, states = (lam[:-1], lam[1:]), (x[:-1], x[1:])
+    swept = _finished(back, systems, Ps, costates, states, u, rho, 1, done, None)
     return replace(swept, x=(*swept.x, x[-1][..., 0]))
 
 
@@ -303,25 +309,24 @@ def _finished(
     P: list[Tensor],
     costates: tuple[list[Tensor], list[Tensor]],
     states: tuple[list[Tensor], list[Tensor]],
+    u: list[Tensor],
+    rho: list[Tensor],
     sweeps: int,
     done: Tensor,
     radius: Tensor | None,
 ) -> Swept:
-    """Return the controls and what is known of them, from lam and x at both ends of each phase."""
-    u, rho, kinds = [], [], []
-    for k, (system, P_k, lam, lam_next, x, x_next) in enumerate(
-        zip(systems, P, *costates, *states, strict=True)
+    """Return the controls with what is known of them; lam and x are those at both ends."""
+    kinds = []
+    for system, P_k, lam, lam_next, x, x_next, u_k in zip(
+        systems, P, *costates, *states, u, strict=True
     ):
         phase, wide = system.phase, system.delta[..., None, None]
-        u_k = back.control(system, lam_next, x)
         p, p_next = P_k @ x + lam, system.P @ x_next + lam_next
         kinds.append((
             (phase.A.mT @ p_next, phase.Q @ x, phase.M.mT @ u_k, phase.a[..., None], -p),
             (phase.B.adjoint(p_next), phase.M @ x, phase.R @ u_k + wide * u_k, phase.b[..., None]),
             (phase.A @ x, phase.B.times(u_k), -x_next),
         ))
-        u.append(u_k)
-        rho.append(back.radius(k, system.P))
     deltas = [system.delta for system in systems]
     truncation = torch.stack([
         back.inverse.truncation(r, d) for r, d in zip(rho, deltas, strict=True)
