@@ -23,7 +23,8 @@ from deqlqr.divergence import (
 from deqlqr.equivalence import EquivalenceReport, EquivalenceRow, check_equivalence
 from deqlqr.fallback import Fallback
 from deqlqr.fields import ConvGradientField, Field, GradientField, LayerField, Monotonicity
-from deqlqr.finite_lqr import FiniteLQRSolution, solve_finite_lqr
+from deqlqr.finite_lqr import FiniteLQR
+from deqlqr.finite_riccati import FiniteLQRSolution, solve_finite_lqr
 from deqlqr.fixed_point import fixed_point
 from deqlqr.gradient_step import GradientStep
 from deqlqr.guard import Guard, Look
@@ -147,6 +148,7 @@ __all__ = [
     # LQR problem
     "LQR",
     "CyclicLQR",
+    "FiniteLQR",
     "InputCost",
     # Riccati
     "solve_dare",

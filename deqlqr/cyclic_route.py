@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deqlqr.batch import Batch
-from deqlqr.cyclic_lqr import CyclicLQR, joined, split_up
+from deqlqr.cyclic_lqr import CyclicLQR
 from deqlqr.cyclic_riccati import factored_cyclic_dare
 from deqlqr.cyclic_steady_state import around_cycle, cyclic_steady_state
 from deqlqr.direction import Direction, expanded
@@ -25,6 +25,7 @@ from deqlqr.linearize_samples import Minibatch
 from deqlqr.search import Doubling
 from deqlqr.solution import ConvergenceError, DareResult, describe_failures
 from deqlqr.solver import FixedPointSolution
+from deqlqr.staged_lqr import joined, split_up
 from deqlqr.sweeps import LayerDamping, Swept, as_phases, sweep_cycle
 
 # What the step needs of P is judged by the steady state, in whatever type it is computed.
@@ -254,7 +255,7 @@ def _one_number(shift: Tensor) -> Tensor:
         return shift.new_ones(())  # of no consequence
     if bool((shift != shift[0]).any()):
         raise ValueError(
-            "damping by layer and the Neumann series take one damping for all parameters of a "
-            f"layer, got {float(shift.min()):g} to {float(shift.max()):g} from the parameter groups."
+            "damping by layer and the Neumann series take one damping for all parameters of "
+            f"a layer, got {shift.min().item():g} to {shift.max().item():g} from the groups."
         )
     return shift[0]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from deqlqr.cyclic_route import CyclicProblem, SweepOptions
 from deqlqr.direction import Direction
-from deqlqr.finite_lqr import solve_finite_lqr
-from deqlqr.input_cost import InputCost
+from deqlqr.finite_lqr import opened
+from deqlqr.finite_riccati import solve_finite_lqr
 from deqlqr.solution import FiniteResult, describe_failures
 from deqlqr.sweeps import Swept, sweep_chain
 
@@ -29,19 +29,16 @@ class FiniteProblem(CyclicProblem):
     """
 
     def _exactly(self, shifts: Sequence[Tensor]) -> Direction:
-        lqr = self._stored()
-        A, B, Q, M, a, b = (list(Xs) for Xs in (lqr.A, lqr.B, lqr.Q, lqr.M, lqr.a, lqr.b))
-        R = [InputCost.of(R_k).damped(s) for R_k, s in zip(lqr.R, shifts, strict=True)]
-        found = solve_finite_lqr(
-            A[1:], B[1:], [*Q[1:], Q[0]], R[1:], M[1:], [*a[1:], a[0]], b[1:], throw=False
-        )
+        lqr = opened(self._stored()).damped(shifts[1:])
+        found = solve_finite_lqr(lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, lqr.a, lqr.b, throw=False)
         reason = describe_failures(found.result, FiniteResult, "finite LQR")
         known = Direction(None, float("nan"), reason=reason)
         if reason is not None:
             return known
-        # Controls without effect, of phase 0, stay; x_0 of the cycle is the last state.
-        u, x = [torch.zeros_like(b[0]), *found.u], [found.x[-1], *found.x[:-1]]
-        return self._completed(known, u, x, found.residual, shifts)
+        first = self._phases[0]  # without controls; its state is the last one
+        none, unmoved = torch.zeros_like(first.b), torch.zeros_like(self._phases[1].a)
+        x = [found.x[-1], unmoved, *found.x[1:-1]]
+        return self._completed(known, [none, *found.u], x, found.residual, shifts)
 
     def _swept(self, least: Sequence[Tensor], how: SweepOptions) -> Swept:
         first, *layers = self._phases

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deqlqr._linalg import identity_like
 from deqlqr.equivalence_rows import EquivalenceRow, Skipped, compared, raising, relative_gap
-from deqlqr.finite_lqr import solve_finite_lqr
+from deqlqr.finite_riccati import solve_finite_lqr
 from deqlqr.input_cost import InputCost
 from deqlqr.lqr import LQR
 from deqlqr.riccati import solve_dare

@@ -68,6 +68,7 @@ class Layers:
         solutions: Fixed points of every sample, of its DEQ layer.
         used: Numbers of the parameters that the readout (first) and each layer use.
         sizes: States that enter each layer.
+        spare: Which of these, the readout (0) or a layer, takes parameters that act on nothing.
     """
 
     model: nn.Module
@@ -77,6 +78,7 @@ class Layers:
     solutions: Sequence[FixedPointSolution]
     used: list[list[int]]
     sizes: list[int]
+    spare = 0
     _states: list[Tensor]  # what enters each layer, (batch, n)
     _values: list[Tensor]  # what each returns, (batch, n+)
 

@@ -1,4 +1,4 @@
-"""`linearize`: a model at its fixed point as the LQR problem that one training step is."""
+"""`linearize`: a model on a batch, and at its fixed point, as the LQR that one training step is."""
 
 from typing import get_args
 
@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from deqlqr._checks import at_least, choice
 from deqlqr.cyclic_lqr import CyclicLQR
+from deqlqr.deq import layers_of
 from deqlqr.divergence import DivergenceLike
+from deqlqr.finite_lqr import FiniteLQR, opened
 from deqlqr.linearize_phases import linearize_phases
 from deqlqr.linearize_samples import Minibatch, choose_divergence, linearize_samples
 from deqlqr.loss import LossLike, make_loss
@@ -23,12 +25,13 @@ def linearize(
     damping: float = 0.0,
     minibatch: Minibatch = "exact",
     cyclic: bool = False,
-) -> LQR | CyclicLQR:
+) -> LQR | CyclicLQR | FiniteLQR:
     """Return the LQR problem that one training step of the model is.
 
     Args:
-        model: Module with exactly one `DEQ` layer; outputs `(batch, k)`. Samples must be
-            independent and the model deterministic (no batch statistics, no active dropout).
+        model: Module with exactly one `DEQ` layer, or none (an `nn.Sequential`, or a module with a
+            method `phases`); outputs `(batch, k)`. Samples must be independent and the model
+            deterministic (no batch statistics, no active dropout).
         x: Inputs `(batch, ...)`.
         y: Targets of the loss, `(batch, ...)`.
         loss: `"cross_entropy"`, `"mse"` or a function `(outputs, targets) -> scalar` that is a
@@ -44,8 +47,8 @@ def linearize(
             `deqlqr.phases`).
 
     Returns:
-        An `LQR`, its controls in the order of `Controls`; or a `CyclicLQR`, whose `join` brings
-        them into that order.
+        An `LQR`, its controls in the order of `Controls`; or a `CyclicLQR`, or for a model without
+        `DEQ` layer a `FiniteLQR`, a stage for each layer, whose `join` brings them into that order.
 
     Raises:
         ValueError: If data, options or model do not fit together.
@@ -64,7 +67,11 @@ def linearize(
     """
     choice("minibatch", minibatch, get_args(Minibatch))
     damping = at_least("damping", damping, 0.0)
-    how = linearize_phases if cyclic else linearize_samples
+    horizon = not layers_of(model)
+    if horizon and cyclic:
+        raise ValueError("cyclic needs a model with a DEQ layer, got one without.")
+    how = linearize_phases if cyclic or horizon else linearize_samples
     local = how(model, x, y, make_loss(loss), choose_divergence(loss, divergence))
     lqr = local.exact() if minibatch == "exact" else local.per_sample()
-    return lqr.damped(damping).dense()
+    found = opened(lqr) if horizon and isinstance(lqr, CyclicLQR) else lqr
+    return found.damped(damping).dense()

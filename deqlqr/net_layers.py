@@ -24,6 +24,8 @@ class NetLayers(Layers):
         ValueError: If the model or x does not fit, or the model has no phases or wrong ones.
     """
 
+    spare = 1  # the readout, which is y itself, has no controls
+
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         name = type(model).__name__
         if not has_phases(model):

@@ -31,8 +31,9 @@ class Plan:
         self._sizes, self._names = at.controls.sizes, at.controls.names
         self._widths = {k: layer.A.shape[-2] for k, layer in enumerate(layers, 1)}
         used, count = at.used, len(at.controls.parameters)
-        # What acts on the output directly, or on nothing, is a control where the output is read.
-        first = [next((k for k, some in enumerate(used) if i in some), 0) for i in range(count)]
+        # What acts on the output directly is a control where the output is read.
+        place = lambda i: next((k for k, some in enumerate(used) if i in some), at.spare)
+        first = [place(i) for i in range(count)]
         self.own = [[i for i in range(count) if first[i] == k] for k in range(len(used))]
         begins = {
             k: min(first[i] for i in some if first[i] < k)
