@@ -28,6 +28,8 @@ from deqlqr.finite_riccati import FiniteLQRSolution, solve_finite_lqr
 from deqlqr.fixed_point import fixed_point
 from deqlqr.gradient_step import GradientStep
 from deqlqr.guard import Guard, Look
+from deqlqr.hamiltonian import Classical, Integrator, Relativistic
+from deqlqr.hamiltonian_descent import HamiltonianDescent, OuterMomentum
 from deqlqr.input_cost import InputCost
 from deqlqr.layer_inverse import NeumannInverse, Phase
 from deqlqr.linearize import linearize
@@ -187,6 +189,11 @@ __all__ = [
     "Kronecker",
     "StepReport",
     "GradientStep",
+    "HamiltonianDescent",
+    "OuterMomentum",
+    "Classical",
+    "Relativistic",
+    "Integrator",
     "Guard",
     "Look",
     "unrolled",

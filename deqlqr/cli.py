@@ -73,8 +73,9 @@ def main() -> None:
     "--model", type=click.Choice(MODELS), show_default="dense; conv for mnist, gradient for points",
     help="dense, conv: a tanh block, or the thesis' convolutional one, with a small state. Larger, "
     "for other routes than dare: dense-large, conv-large; dense-free, without a bound; gradient, "
-    "monotone, random-fields: blocks with a fixed point by construction. Explicit networks of 15 "
-    "layers for points in the plane: net, and the Runge-Kutta networks from resnet on.",
+    "monotone, random-fields: blocks with a fixed point by construction. Explicit networks: "
+    "convnet, of 5 layers; for points in the plane, of 15 layers, net, and the Runge-Kutta networks "
+    "from resnet on.",
 )  # fmt: skip
 @click.option(
     "--optimizer", type=click.Choice(OPTIMIZERS), default=_DEFAULT.optimizer,
@@ -235,21 +236,32 @@ def check(
 @click.option("--data-root", type=_PATH, help="Folder that holds MNIST/raw, for the figures "
               "of the thesis.")  # fmt: skip
 @click.option("--out", type=_PATH, show_default="runs/FIGURE", help="Folder for its results.")
-@click.option("--steps", type=int,
-              show_default="200 for fig4.1, 100 for fig5.1-deq, 120 for spiral, 60 for fields",
-              help="Steps of implicit NGD; gradient descent takes five times as many.")  # fmt: skip
+@click.option(
+    "--steps", type=int, show_default=", ".join(f"{f.steps} for {n}" for n, f in FIGURES.items()),
+    help="Steps of a training; gradient descent in fig4.1 takes five times as many.",
+)  # fmt: skip
+@click.option("--full", is_flag=True, help="The thesis' scale: an epoch of batches of 5 for fig3.1 "
+              "and fig5.1, 2500 steps for fig4.1. Hours.")  # fmt: skip
 @_reported
 def reproduce_command(
-    figure: str, data_root: Path | None, out: Path | None, steps: int | None
+    figure: str, data_root: Path | None, out: Path | None, steps: int | None, full: bool
 ) -> None:
-    """Repeat a figure of the thesis or the slides; finished runs in --out are not run again.
+    """Repeat a figure of the thesis or the slides.
 
-    fig4.1: test accuracy by iteration of implicit natural gradient and of gradient descent at
-    each learning rate of a grid, on MNIST with the toy convolutional block, batches of 64.
+    Finished runs in --out are not run again, interrupted ones go on. Times are of one thread.
 
-    fig5.1-deq: figure 5.1 in the infinite horizon: fixed damping over a grid beside damping by
-    layer, with the exact inverse and with the Neumann series, on the same block, three seeds.
-    About an hour.
+    fig3.1: the updates of the finite-horizon LQR beside those of autograd at every step, of SGD and
+    of NGD on MNIST, three convolutions and two dense layers, batches of 5. Some minutes.
+
+    fig4.1: test accuracy by iteration of implicit natural gradient by every route, and of gradient
+    descent at each learning rate of a grid, on MNIST with the toy convolutional block, batches of
+    16. A quarter of an hour.
+
+    fig5.1: fixed damping over a grid beside damping by layer, with the exact inverse and with the
+    Neumann series, on the network of fig3.1, three seeds. A quarter of an hour.
+
+    fig5.1-deq: the same in the infinite horizon, on the block of fig4.1, batches of 8. About an
+    hour.
 
     spiral: points in the plane, classified by Runge-Kutta networks of 15 layers and by equilibria;
     predictions, transformed points, transitions. A quarter of an hour.
@@ -257,7 +269,7 @@ def reproduce_command(
     fields: accuracy on the digits against the number of trained scalars, all else random and
     frozen. Some minutes.
     """
-    click.echo(reproduce(figure, data_root, out or Path("runs") / figure, steps))
+    click.echo(reproduce(figure, data_root, out or Path("runs") / figure, steps, full))
 
 
 @main.group()

@@ -138,7 +138,14 @@ class NeumannInverse(Options):
 
     def solve(self, system: System, right: Tensor) -> Tensor:
         """Return (delta I + R + B'P+B)^-1 right."""
-        wide = system.delta[..., None, None]
+        wide, B = system.delta[..., None, None], system.phase.B
+        if system.BBP is not None:  # on n+ x n+ matrices, as in (V2): B enters twice
+            term = B.times(right) / wide
+            inner = torch.zeros_like(term)
+            for _ in range(self.terms - 1):
+                inner = inner + term
+                term = -(system.BBP @ term) / wide
+            return (right - B.adjoint(system.P @ inner)) / wide
         total = term = right / wide
         for _ in range(self.terms - 1):
             term = -system.curved(term) / wide

@@ -1,7 +1,7 @@
-"""The command line's models: encoder, DEQ layer, readout.
+"""The command line's models: encoder, DEQ layer, readout; and explicit networks.
 
-The exact minibatch step by the dense DARE solves a problem of batch x state size, so in two of them
-the state is small and the encoder brings the image down to it.
+The exact minibatch step by dense Riccati equations solves problems of batch x state size, so in
+three of them the state is small and the first layers bring the image down to it.
 """
 
 import math
@@ -28,7 +28,8 @@ NETS = {
     "odenet": ("euler", "learned"),
     "odenet-simplex": ("euler", "simplex"),
 }
-MODELS = (*SMALL_MODELS, *_LARGE, "conv-large", "net", *NETS)
+EXPLICIT = ("convnet", "net", *NETS)  # without a DEQ layer
+MODELS = (*SMALL_MODELS, *_LARGE, "conv-large", *EXPLICIT)
 _LOOSE = 1e-3
 _FASTER = 6.0  # the initial weights of vectors, whose classes lie close together
 _LAYERS, _TIME = 15, 8.0  # of the slides' networks: layers, and the sum of their steps
@@ -45,10 +46,11 @@ def make_model(name: str, shape: Sequence[int], outputs: int, *, seed: int = 0) 
             for vectors): `"dense-large"`: a `DenseBlock`; `"dense-free"`: the same without a bound;
             `"gradient"` and `"gradient-kutta4"`: a `GradientBlock` by two methods; `"monotone"`: a
             `MonotoneBlock`; `"random-fields"`: a `RandomFieldBlock` of 7 fields. `"conv-large"`:
-            the toy block on 8 channels at a quarter of the resolution. Explicit networks of 15
-            layers in the plane, for vectors: `"net"`, a plain one, and those of `NETS`, Runge-Kutta
-            steps with fixed or trained lengths.
-        shape: Shape of one sample; images at least 8 x 8.
+            the toy block on 8 channels at a quarter of the resolution. `"convnet"`: the thesis'
+            explicit network of three convolutions and two dense layers, at most 96 states a
+            sample between them. Explicit networks of 15 layers in the plane, for vectors: `"net"`,
+            a plain one, and those of `NETS`, Runge-Kutta steps with fixed or trained lengths.
+        shape: Shape of one sample; images at least 8 x 8, for `"convnet"` 16 x 16.
         outputs: Number of outputs.
         seed: Of the initial parameters.
 
@@ -58,17 +60,26 @@ def make_model(name: str, shape: Sequence[int], outputs: int, *, seed: int = 0) 
     check_seed(seed)
     choice("model", name, MODELS)
     image = len(shape) == 3
-    if image and min(shape[1:]) < 8:
-        raise ValueError(f"shape of an image must be at least 8 x 8, got {tuple(shape)}.")
-    explicit = name == "net" or name in NETS
-    if image and explicit:
+    least = 16 if name == "convnet" else 8
+    if image and min(shape[1:]) < least:
+        raise ValueError(
+            f"shape of an image must be at least {least} x {least} for model {name!r}, got "
+            f"{tuple(shape)}."
+        )
+    of_vectors = name == "net" or name in NETS
+    if image and of_vectors:
         raise ValueError(f"model {name!r} takes vectors, got samples of shape {tuple(shape)}.")
     if not image and (len(shape) != 1 or "conv" in name):
         raise ValueError(f"model {name!r} takes images, got samples of shape {tuple(shape)}.")
-    makers = {"dense": _dense if image else _surface, "conv": _conv, "conv-large": _conv_large}
+    makers = {
+        "dense": _dense if image else _surface,
+        "conv": _conv,
+        "conv-large": _conv_large,
+        "convnet": _convnet,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if explicit:
+        if of_vectors:
             return _net(name, shape[0], outputs)
         if name in makers:
             return makers[name](shape, outputs)
@@ -152,6 +163,17 @@ def _conv_large(image: Sequence[int], outputs: int, channels: int = 8) -> nn.Mod
     height, width = ((((side + 1) // 2) // 2) for side in image[1:])
     readout = nn.Linear(channels * height * width, outputs)
     return nn.Sequential(encoder, DEQ(ConvBlock(channels), tol=_LOOSE), nn.Flatten(), readout)
+
+
+def _convnet(image: Sequence[int], outputs: int) -> nn.Module:
+    # What is pooled at once is no state: 6 x 4 x 4, then 8 x 2 x 2, 16 and 16 are.
+    return nn.Sequential(
+        nn.Conv2d(image[0], 6, 5), nn.ReLU(), nn.AdaptiveMaxPool2d(4),
+        nn.Conv2d(6, 8, 3), nn.ReLU(),
+        nn.Conv2d(8, 16, 2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16, 16), nn.ReLU(),
+        nn.Linear(16, outputs),
+    )  # fmt: skip
 
 
 def _surface(shape: Sequence[int], outputs: int, states: int = 32) -> nn.Module:

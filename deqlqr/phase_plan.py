@@ -156,7 +156,8 @@ class _LayerProducts:
 
         own = None if self._exact else 0
         samples = torch.vmap(one, (0, 0, own))
-        return torch.vmap(lambda d: samples(states, x, d), -1, -1)(kept).to(v.dtype)
+        # Parameters that are not in u leave their graph.
+        return torch.vmap(lambda d: samples(states, x, d), -1, -1)(kept).to(v.dtype).detach()
 
     def pull(self, w: Tensor) -> Tensor:
         """Return B'w `(m, j)`, or `(batch, m, j)`, for w `(batch, n+, j)`."""
@@ -169,7 +170,7 @@ class _LayerProducts:
         total = lambda c: samples(states, x, c).sum(0) if self._exact else samples(states, x, c)
         pulled = torch.vmap(total, -1, -1)(w.to(states.dtype)).to(w.dtype)
         out = w.new_zeros(*pulled.shape[:-2], self._m, w.shape[-1])
-        return out.index_copy_(-2, self._index, pulled)
+        return out.index_copy_(-2, self._index, pulled.detach())
 
 
 def _places(n: int, carried: Sequence[int], width: dict[int, int]) -> dict[int | None, slice]:

@@ -4,11 +4,7 @@ A run is a function of its `TrainConfig`: the order of the samples comes from (s
 step length from the step's number, so a resumed run repeats the uninterrupted one.
 """
 
-import signal
-import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from math import cos, isnan, pi
 from pathlib import Path
@@ -27,17 +23,21 @@ from deqlqr.evaluation import evaluate
 from deqlqr.figures import plot_curves
 from deqlqr.gradient_step import GradientStep
 from deqlqr.guard import Guard, Stepper
+from deqlqr.hamiltonian import SCHEMES, Classical, Relativistic
+from deqlqr.hamiltonian_descent import OuterMomentum
+from deqlqr.interrupt import interruptible
 from deqlqr.layer_inverse import INVERSES, make_inverse
 from deqlqr.linearize_samples import Minibatch
 from deqlqr.metrics import MetricsFile, read_metrics
-from deqlqr.models import MODELS, NETS, check_seed, make_model
+from deqlqr.models import EXPLICIT, MODELS, check_seed, make_model
 from deqlqr.optim import ImplicitNGD
-from deqlqr.routes import ROUTES, Cyclic, Dare, Route, make_route
+from deqlqr.routes import ROUTES, Cyclic, Dare, Riccati, Route, make_route
 from deqlqr.solution import ConvergenceError
 from deqlqr.sweeps import LayerDamping
 from deqlqr.unrolled import unrolled
 
 OPTIMIZERS = ("ingd", "gd", "sgd", "adam", "lbfgs")
+OUTER = ("none", *SCHEMES)
 SCHEDULES = ("cosine", "constant")
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.jsonl", "curves.png"
 
@@ -54,9 +54,9 @@ class TrainConfig:
             (momentum 0.9), `"adam"` or `"lbfgs"` (20 iterations a step, strong Wolfe line search).
         lr: Step length.
         damping: delta of R_bar = R + delta I; used by `"ingd"` like the next nine.
-        minibatch: `"exact"` or `"per-sample"`, of the routes `"dare"` and `"cyclic"`.
+        minibatch: `"exact"` or `"per-sample"`, of the routes `"dare"`, `"cyclic"` and `"riccati"`.
         route: How the step is computed, one of `ROUTES`.
-        inverse: Of the route `"cyclic"`: `"exact"` or `"neumann"`.
+        inverse: Of the routes `"cyclic"` and `"riccati"`: `"exact"` or `"neumann"`.
         margin: Of the same: damping by layer with this margin (`LayerDamping`); `None` takes it
             with the usual margin for `"neumann"`, else the one damping.
         momentum: See `ImplicitNGD`, like the next four.
@@ -65,6 +65,10 @@ class TrainConfig:
         trust_region: See there.
         check_every: See there.
         penalty: Factor on the Jacobian penalty, of any optimizer.
+        outer: Momentum around the steps of any optimizer but `"lbfgs"`: `"none"`, or a scheme of
+            `OuterMomentum`, its step length 1.
+        friction: Its friction, per step.
+        speed: Most length of its steps, of all parameters together; `None` for no limit.
         guard: Keep the fixed points (see `Guard`): shorten or take back steps that lose them.
         max_radius: Largest spectral radius of A that the guard allows.
         guard_every: Steps between its looks.
@@ -96,6 +100,9 @@ class TrainConfig:
     trust_region: float | None = None
     check_every: int = 1
     penalty: float = 0.0
+    outer: str = "none"
+    friction: float = 0.5
+    speed: float | None = None
     guard: bool = True
     max_radius: float = 0.98
     guard_every: int = 10
@@ -123,16 +130,18 @@ class TrainConfig:
             ("minibatch", get_args(Minibatch)),
             ("route", ROUTES),
             ("inverse", INVERSES),
+            ("outer", OUTER),
             ("schedule", SCHEDULES),
         ):
             choice(name, getattr(self, name), allowed)
         for name in ("lr", "damping"):
             at_least(name, getattr(self, name), 0.0, strict=True)
-        for name in ("momentum", "penalty"):
+        for name in ("momentum", "penalty", "friction"):
             at_least(name, getattr(self, name), 0.0)
+        self._check_outer()
         at_least("max_radius", self.max_radius, 0.0, strict=True)
         count("warmup", self.warmup, 0)
-        if (self.model == "net" or self.model in NETS) and (self.warmup or self.penalty):
+        if self.model in EXPLICIT and (self.warmup or self.penalty):
             raise ValueError(
                 f"warmup and penalty are for DEQ layers, and model {self.model!r} has none."
             )
@@ -143,9 +152,11 @@ class TrainConfig:
             )
         if self.margin is not None:
             at_least("margin", self.margin, 1.0, strict=True)
-        if self.route != "cyclic" and (self.inverse != "exact" or self.margin is not None):
+        by_layers = self.route in ("cyclic", "riccati")
+        if not by_layers and (self.inverse != "exact" or self.margin is not None):
             raise ValueError(
-                f"inverse and margin are options of route 'cyclic', not {self.route!r}."
+                f"inverse and margin are options of routes 'cyclic' and 'riccati', not "
+                f"{self.route!r}."
             )
         if self.trust_region is not None:
             at_least("trust_region", self.trust_region, 0.0, strict=True)
@@ -155,6 +166,20 @@ class TrainConfig:
             if value is not None or name not in ("train_size", "max_steps"):
                 count(name, value)
         check_seed(self.seed)
+
+    def _check_outer(self) -> None:
+        if self.speed is not None:
+            at_least("speed", self.speed, 0.0, strict=True)
+        if self.outer == "none":
+            return
+        if self.optimizer == "lbfgs":
+            raise ValueError("outer must be 'none' with optimizer 'lbfgs', whose curvature needs "
+                             f"its own steps, got {self.outer!r}.")  # fmt: skip
+        if self.optimizer == "ingd" and self.momentum:
+            raise ValueError(
+                f"momentum must be 0 with outer {self.outer!r}, which has its own, got "
+                f"{self.momentum}."
+            )
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "TrainConfig":
@@ -173,9 +198,10 @@ def _route(config: TrainConfig) -> Route:
     minibatch = cast(Minibatch, config.minibatch)
     if config.route == "dare":
         return Dare(minibatch)
-    if config.route == "cyclic":
+    if config.route in ("cyclic", "riccati"):
         adapt = None if config.margin is None else LayerDamping(config.margin)
-        return Cyclic(minibatch, make_inverse(config.inverse), adapt)
+        kind = Cyclic if config.route == "cyclic" else Riccati
+        return kind(minibatch, make_inverse(config.inverse), adapt)
     return make_route(config.route)
 
 
@@ -183,6 +209,18 @@ def make_optimizer(
     model: nn.Module, config: TrainConfig, loss: str
 ) -> tuple[Stepper, torch.optim.Optimizer]:
     """Return the object whose `step(x, y)` trains the model, and the torch optimizer inside."""
+    stepper, optimizer = _inner(model, config, loss)
+    if config.outer != "none":
+        kinetic = Classical() if config.speed is None else Relativistic(speed=config.speed)
+        stepper = OuterMomentum(
+            stepper, friction=config.friction, kinetic=kinetic, scheme=config.outer
+        )
+    return stepper, optimizer
+
+
+def _inner(
+    model: nn.Module, config: TrainConfig, loss: str
+) -> tuple[Stepper, torch.optim.Optimizer]:
     if config.optimizer == "ingd":
         ingd = ImplicitNGD(
             model,
@@ -264,6 +302,9 @@ class Trainer:
         self.model = make_model(config.model, shape, data.outputs, seed=config.seed)
         self.model.to(device, data.train_x.dtype)
         self.stepper, self.optimizer = make_optimizer(self.model, config, data.loss)
+        outer = self.stepper if isinstance(self.stepper, OuterMomentum) else None
+        self.inner = self.stepper if outer is None else outer.inner
+        self._memory = self.optimizer if outer is None else outer  # what a checkpoint holds
         self.guard: Guard | None = None
         if config.guard:
             self.guard = Guard(self.stepper, max_radius=config.max_radius, every=config.guard_every)
@@ -290,7 +331,7 @@ class Trainer:
             total = min(total, config.max_steps)
         order_epoch, order = -1, torch.empty(0)
         bar = tqdm(total=total, initial=self.step, unit="step", disable=True if quiet else None)
-        with _interruptible() as stop, bar:
+        with interruptible() as stop, bar:
             try:
                 while self.step < total and not stop.is_set():
                     epoch, index = divmod(self.step, per_epoch)
@@ -325,7 +366,7 @@ class Trainer:
             {
                 "config": asdict(self.config),
                 "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": self._memory.state_dict(),
                 "guard": None if self.guard is None else self.guard.state_dict(),
                 "step": self.step,
                 "seconds": self.seconds,
@@ -350,12 +391,12 @@ class Trainer:
     def _restore(self, content: dict[str, Any]) -> None:
         try:
             self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
+            self._memory.load_state_dict(content["optimizer"])
             if self.guard is not None:
                 self.guard.load_state_dict(content["guard"])
             self.step, self.seconds = int(content["step"]), float(content["seconds"])
-            if isinstance(self.stepper, GradientStep):
-                self.stepper.taken = self.step
+            if isinstance(self.inner, GradientStep):
+                self.inner.taken = self.step
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"checkpoint does not fit its model: {error!r}") from error
 
@@ -434,8 +475,8 @@ class Trainer:
             line["shortened"] = self.guard.counts["shortened"]
             line["taken_back"] = self.guard.counts["taken back"]
         solutions = [s for layer in layers_of(self.model) if (s := layer.solution) is not None]
-        if isinstance(self.stepper, ImplicitNGD) and self.stepper.last_step is not None:
-            report = self.stepper.last_step
+        if isinstance(self.inner, ImplicitNGD) and self.inner.last_step is not None:
+            report = self.inner.last_step
             for key in ("evaluations", "residual", "closed_loop_radius", "damping"):
                 line[key] = getattr(report, key)
             line["rejections"] = len(report.rejections)
@@ -450,28 +491,11 @@ class Trainer:
     def _title(self) -> str:
         c = self.config
         extra = f", damping {c.damping:g}" if c.optimizer == "ingd" else ""
-        return f"{c.data}, {c.model} model, {c.optimizer}, lr {c.lr:g}{extra}, batch {c.batch_size}"
-
-
-@contextmanager
-def _interruptible() -> Generator[threading.Event, None, None]:
-    """Let the first Ctrl-C (or SIGTERM) finish the step; a second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        outer = "" if c.outer == "none" else f", outer {c.outer}"
+        return (
+            f"{c.data}, {c.model} model, {c.optimizer}, lr {c.lr:g}{extra}{outer}, "
+            f"batch {c.batch_size}"
+        )
 
 
 def finish(config: TrainConfig, folder: Path, *, quiet: bool = False) -> None:

@@ -27,7 +27,8 @@ def test_example_runs_and_its_check_holds(path, monkeypatch):
 def test_there_is_one_example_for_each_use():
     names = [path.stem for path in EXAMPLES]
     assert names == [
-        "check_equivalence", "fit_a_surface", "keep_the_fixed_point", "recover_coefficients",
+        "check_equivalence", "fit_a_surface", "hamiltonian_descent", "keep_the_fixed_point",
+        "recover_coefficients",
         "train_ingd",
         "watch_and_warm_start", "wrap_a_block",
     ]  # fmt: skip

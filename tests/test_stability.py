@@ -7,7 +7,7 @@ import torch
 
 from deqlqr import stability
 from deqlqr.deq import layers_of
-from deqlqr.models import MODELS, NETS, make_model
+from deqlqr.models import EXPLICIT, MODELS, make_model
 from deqlqr.stability import CASES, RATES, configs, run_stability, table
 from deqlqr.training import TrainConfig
 
@@ -65,5 +65,5 @@ def test_every_model_runs_on_images_or_vectors_and_says_what_it_does_not_take(na
         taken += 1
         outputs = model(torch.randn(4, *shape))
         assert outputs.shape == (4, 3) and outputs.isfinite().all()
-        assert len(layers_of(model)) == (0 if name == "net" or name in NETS else 1)
-    assert taken == (1 if "conv" in name or name == "net" or name in NETS else 2)
+        assert len(layers_of(model)) == (0 if name in EXPLICIT else 1)
+    assert taken == (1 if "conv" in name or name in EXPLICIT else 2)

@@ -522,6 +522,46 @@ def test_a_gradient_step_with_an_infinite_loss_changes_nothing(tmp_path: Path) -
     assert same(before, dict(trainer.model.state_dict()))
 
 
+# --- outer momentum --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"outer": "leap-frog"}, "outer must be one of"),
+        ({"friction": -0.5}, "friction must be"),
+        ({"speed": 0.0}, "speed must be"),
+        ({"outer": "nesterov", "optimizer": "lbfgs"}, "outer must be 'none' with optimizer"),
+        ({"outer": "heavy-ball", "momentum": 0.5}, "momentum must be 0 with outer 'heavy-ball'"),
+    ],
+)
+def test_an_outer_momentum_that_does_not_fit_is_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize("optimizer", ["ingd", "gd", "sgd", "adam"])
+def test_an_outer_momentum_acts_and_its_run_goes_on_to_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    scheme = {"ingd": "leapfrog", "sgd": "nesterov"}.get(optimizer, "heavy-ball")
+    config = small(optimizer, outer=scheme, speed=0.3, penalty=0.01, max_steps=6)
+    run(config, tmp_path / "whole")
+    run(replace(config, outer="none"), tmp_path / "without")
+    trainer = start(config, tmp_path / "cut")
+    disturb(trainer, monkeypatch, 2, interrupt)
+    assert trainer.run(quiet=True).interrupted
+    resume(tmp_path / "cut").run(quiet=True)
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    losses = [[line["loss"] for line in metrics(tmp_path / f)] for f in ("whole", "without")]
+    assert losses[0] != losses[1]
+    line = metrics(tmp_path / "whole")[0]
+    assert (line["damping"] is None) == (optimizer != "ingd") and line["evaluations"] >= 1
+
+
 # --- least squares ---------------------------------------------------------------------------
 
 SURFACE = TrainConfig(
