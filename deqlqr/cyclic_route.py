@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from deqlqr._linalg import full_precision
 from deqlqr.batch import Batch
 from deqlqr.cyclic_lqr import CyclicLQR
 from deqlqr.cyclic_riccati import factored_cyclic_dare
@@ -235,9 +236,10 @@ def linearize_cyclic(
     x, y = (torch.cat(parts) for parts in zip(*at.pieces, strict=True))
     each = max_states // len(x) if minibatch == "exact" else max_states
     by_products = sweeps is not None and isinstance(sweeps.inverse, NeumannInverse)
-    local = linearize_phases(
-        at.model, x, y, at.loss, divergence, max_states=each, stored=not by_products
-    )
+    with torch.enable_grad(), full_precision(x):
+        local = linearize_phases(
+            at.model, x, y, at.loss, divergence, max_states=each, stored=not by_products
+        )
     return make(local, minibatch, dtype, at.controls.sizes, sweeps)
 
 

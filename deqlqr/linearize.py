@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import torch
 from torch import Tensor, nn
 
 from deqlqr._checks import at_least, choice
@@ -71,7 +72,8 @@ def linearize(
     if horizon and cyclic:
         raise ValueError("cyclic needs a model with a DEQ layer, got one without.")
     how = linearize_phases if cyclic or horizon else linearize_samples
-    local = how(model, x, y, make_loss(loss), choose_divergence(loss, divergence))
+    with torch.enable_grad():
+        local = how(model, x, y, make_loss(loss), choose_divergence(loss, divergence))
     lqr = local.exact() if minibatch == "exact" else local.per_sample()
     found = opened(lqr) if horizon and isinstance(lqr, CyclicLQR) else lqr
     return found.damped(damping).dense()

@@ -144,9 +144,8 @@ def linearize_phases(
     if max_states is not None and max(at.sizes) > max_states:
         raise ValueError(
             f"x: {len(x)} samples of up to {max(at.sizes)} states between two layers are too many "
-            f"for a dense LQR, layer by layer, which takes {max_states} a sample here (the route's "
-            "max_states). Take a smaller batch, or route 'output', 'sampled', 'krylov' or "
-            "'kronecker'."
+            "for a dense LQR, layer by layer (max_states of the route). Take a smaller batch, or "
+            "route 'output', 'sampled', 'krylov' or 'kronecker'."
         )
     _require_small(at, stored, isinstance(divergence, Newton))
     layers = [at.layer(k, stored) for k in range(1, len(at.used))]

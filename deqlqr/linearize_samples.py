@@ -142,9 +142,9 @@ def linearize_samples(
     z, local = state.flatten(solution.value), _local_map(model, layer, controls, state)
     if max_states is not None and z.shape[1] > max_states:
         raise ValueError(
-            f"x: {z.shape[0]} samples of {z.shape[1]} states are too many for the dense LQR, which "
-            f"takes {max_states} a sample here (Dare(max_states=...)). Take a smaller batch, or "
-            "route 'output', 'sampled', 'krylov' or 'kronecker'."
+            f"x: {z.shape[0]} samples of {z.shape[1]} states are too many for the dense LQR "
+            "(Dare(max_states=...)). Take a smaller batch, or route 'output', 'sampled', 'krylov' "
+            "or 'kronecker'."
         )
     first = _first_order(local, u, z, x)
     require_independent(model, x, solution, first.fz, first.y)

@@ -127,8 +127,8 @@ class Plan:
             names = ", ".join(self._names[i] for i in some)
             raise ValueError(
                 f"parameters that act in several phases ({names}, again in phase {k}) have no "
-                "cyclic Newton problem: let the block's phases hand on what the parameters make, "
-                "as ConvBlock.phases does, or take route 'dare'."
+                "Newton problem layer by layer: let the phases hand on what the parameters make, "
+                "as ConvBlock.phases does, or take route 'krylov' (or 'dare', with one DEQ layer)."
             )
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from deqlqr._linalg import LUFactor, identity_like, lu_factor
+from deqlqr._linalg import LUFactor, full_precision, identity_like, lu_factor
 from deqlqr.batch import Batch
 from deqlqr.direction import Direction, expanded
 from deqlqr.divergence import Divergence
@@ -100,7 +100,8 @@ def linearize_riccati(
     """
     x, y = (torch.cat(parts) for parts in zip(*at.pieces, strict=True))
     each = max_states // len(x) if minibatch == "exact" else max_states
-    local = linearize_samples(at.model, x, y, at.loss, divergence, max_states=each)
+    with torch.enable_grad(), full_precision(x):
+        local = linearize_samples(at.model, x, y, at.loss, divergence, max_states=each)
     lqr = local.exact() if minibatch == "exact" else local.per_sample()
     return RiccatiProblem(lqr.to(dtype), local.loss, [local.solution], at.controls.sizes)
 

@@ -6,7 +6,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from deqlqr import DEQ, Controls, ConvergenceError, DenseBlock, linearize, static_step
+from deqlqr import (
+    DEQ,
+    Controls,
+    ConvergenceError,
+    DenseBlock,
+    FiniteLQR,
+    ImplicitNGD,
+    linearize,
+    solve_finite_lqr,
+    static_step,
+)
 
 from .problems import conv_batch, conv_model, dense_batch, dense_model, randn, relative
 
@@ -209,3 +219,62 @@ def test_a_block_without_fixed_point_is_a_convergence_error():
     model = nn.Sequential(DEQ(block), nn.Linear(4, 3))
     with pytest.raises(ConvergenceError, match="fixed point of the block"):
         linearize(model, X.abs(), Y)
+
+
+@pytest.mark.parametrize("minibatch", ["exact", "per-sample"])
+def test_an_explicit_network_is_a_finite_horizon(minibatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    net.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    net, (x, y) = net.double(), dense_batch()
+    x = x.double()
+    lqr = linearize(net, x, y, damping=D, minibatch=minibatch)
+    exact = minibatch == "exact"
+    assert isinstance(lqr, FiniteLQR) and lqr.N == 3
+    assert lqr.n == ((0, 25, 20, 15) if exact else (0, 5, 4, 3)) and sum(lqr.m) == Controls(net).m
+    assert lqr.to(torch.float32).B[0].dtype == torch.float32 and lqr.c is None
+    if not exact:
+        assert lqr.B[1].shape == (5, 4, 24)
+        return
+    matrices = lqr.A, lqr.B, lqr.Q, lqr.R, lqr.M, lqr.a, lqr.b
+    found = solve_finite_lqr(*matrices).u
+    u = lqr.join(found)
+    assert all(torch.equal(p, q) for p, q in zip(lqr.split(u), found, strict=True))
+    J = torch.func.jacrev(lambda u: functional_call(net, Controls(net).unflatten(u), (x,)))(
+        Controls(net).vector
+    )
+    p = functional_call(net, {}, (x,)).softmax(-1)
+    Lambda = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    C = torch.einsum("bkm,bkl,bln->mn", J, Lambda, J) / 5 + D * torch.eye(len(u)).double()
+    g = Controls(net).pull(F.cross_entropy(net(x), y))
+    assert relative(u, -torch.linalg.solve(C, g)) < 1e-9
+    euclidean = linearize(net, x, y, divergence="euclidean")
+    u = euclidean.join(solve_finite_lqr(*matrices[:2], euclidean.Q, euclidean.R, a=lqr.a).u)
+    assert relative(u, -g) < 1e-9
+    with pytest.raises(ValueError, match="cyclic needs a model with a DEQ layer"):
+        linearize(net, x, y, cyclic=True)
+
+
+def test_finite_problems_check_their_shapes():
+    I = torch.eye(2)
+    parts = {"A": [I], "B": [I], "Q": [I, I], "R": [I], "M": [I], "a": [I[0], I[0]], "b": [I[0]]}
+    assert FiniteLQR(**parts).damped(1.0).R[0][0, 0] == 2
+    with pytest.raises(ValueError, match=r"Q must hold 2"):
+        FiniteLQR(**parts | {"Q": [I]})
+    with pytest.raises(ValueError, match="controls must hold the numbers 0 to 1 once"):
+        FiniteLQR(**parts, controls=[torch.tensor([0, 2])])
+
+
+@pytest.mark.parametrize("route", ["dare", "cyclic", "riccati"])
+def test_dense_routes_work_without_gradients_and_under_autocast(route):
+    model, (x, y) = dense_model(), dense_batch()
+    if route == "riccati":
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    before = Controls(model).vector
+    steps = []
+    for context in (torch.enable_grad(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        Controls(model).assign(before)
+        with context:
+            ImplicitNGD(model, route=route, damping=D, max_increase=1.0).step(x, y)
+        steps.append(Controls(model).vector - before)
+    assert relative(steps[1], steps[0]) < 1e-6 and relative(steps[2], steps[0]) < 1e-4
