@@ -173,7 +173,7 @@ def test_the_newton_step_is_that_of_the_model(name, minibatch):
     [
         ("shared weight", r"1\.block\.a\.weight, 1\.block\.a\.bias, again in phase 3"),
         ("encoder to readout", r"\(enc\.weight, enc\.bias, again in phase 1\)"),
-        ("both", r"enc\.weight, enc\.bias, again in phase \d.*route 'dare'"),
+        ("both", r"enc\.weight, enc\.bias, again in phase \d.*route 'krylov'"),
     ],
 )
 def test_newton_names_a_parameter_that_acts_in_several_phases(name, message):
