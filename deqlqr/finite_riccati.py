@@ -39,7 +39,6 @@ class FiniteLQRSolution:
         x: States, `(*batch, n_k)`, N + 1 of them.
         P: Of the optimal cost to go x'P x/2 + lam'x + constant, `(*batch, n_k, n_k)`, N + 1.
         lam: `(*batch, n_k)`, N + 1.
-        feedforward: k of the policy u = -K x - k, `(*batch, m_k)`.
         cost: The least cost, `(*batch,)`.
         residual: Largest relative residual of the optimality conditions, `(*batch,)`.
         result: A `FiniteResult` code, `(*batch,)`.
@@ -49,7 +48,6 @@ class FiniteLQRSolution:
     x: tuple[Tensor, ...]
     P: tuple[Tensor, ...]
     lam: tuple[Tensor, ...]
-    feedforward: tuple[Tensor, ...]
     cost: Tensor
     residual: Tensor
     result: Tensor
@@ -63,6 +61,12 @@ class FiniteLQRSolution:
         """
         failed = self.result != FiniteResult.SOLVED
         return tuple(_blanked(step.gain(), failed) for step in self._steps)
+
+    @property
+    def feedforward(self) -> tuple[Tensor, ...]:
+        """Constant part k of the policy, `(*batch, m_k)`; formed when asked for."""
+        failed = self.result != FiniteResult.SOLVED
+        return tuple(_blanked(step.feedforward, failed)[..., 0] for step in self._steps)
 
     @property
     def solved(self) -> Tensor:
@@ -150,7 +154,6 @@ def solve_finite_lqr(
         columns(x),
         tuple(_blanked(X, failed) for X in P),
         columns(lam),
-        columns([step.feedforward for step in steps]),
         cost.masked_fill(failed, float("nan")),
         residual.masked_fill(failed, float("nan")),
         result,
@@ -252,7 +255,7 @@ class _ByStates:
 
     @property
     def feedforward(self) -> Tensor:
-        """K of u = -K x - k at x = 0."""
+        """Constant part k of u = -K x - k."""
         return -self.forward(torch.zeros_like(self.lam))[0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
