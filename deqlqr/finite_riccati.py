@@ -279,14 +279,19 @@ _Step = _ByControls | _ByStates
 
 def _indefinite(P: Tensor, G: Tensor) -> Tensor:
     """Return where R + B'PB is not positive definite, for R > 0 and G = B R^-1 B'."""
-    shift = torch.finfo(P.dtype).eps * P.shape[-1] * norm(P)[..., None, None]
-    _, info = torch.linalg.cholesky_ex(P + shift * identity_like(P))
+    _, info = torch.linalg.cholesky_ex(_raised(P))
     if not bool((info != 0).any()):
         return info != 0  # P is positive semidefinite, as it is but for a bad Hessian
-    values, vectors = torch.linalg.eigh(torch.nan_to_num(G))
-    root = vectors * values.clamp(min=0).sqrt()[..., None, :]
+    root, _ = torch.linalg.cholesky_ex(_raised(G))
     _, info = torch.linalg.cholesky_ex(identity_like(P) + root.mT @ P @ root)
     return info != 0
+
+
+def _raised(X: Tensor) -> Tensor:
+    """Return X with its eigenvalues raised by what rounding may have lowered them."""
+    info = torch.finfo(X.dtype)
+    shift = (info.eps * X.shape[-1] * norm(X)).clamp(min=info.tiny)
+    return X + shift[..., None, None] * identity_like(X)
 
 
 def _result(

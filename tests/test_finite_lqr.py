@@ -502,3 +502,16 @@ def test_the_gpu_agrees_with_the_optimality_system(dtype, reduced):
     assert found.u[0].is_cuda and found.cost.dtype == dtype
     for u, expected in zip(found.u, kkt(problem)[1], strict=True):
         torch.testing.assert_close(u.double().cpu(), torch.as_tensor(expected), **TOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_controls_without_a_curved_cost_are_the_gradient(dtype):
+    n, m = 40, 60
+    A, B = (randn(n, k, seed=k).to(dtype) for k in (n, m))
+    ones, none = torch.ones(m, dtype=dtype), torch.arange(0)
+    R = InputCost(ones, none, ones.new_zeros(0, 0))
+    zero, a = torch.zeros(n, n, dtype=dtype), randn(n).to(dtype)
+    found = solve_finite_lqr([A] * 3, [B] * 3, [zero] * 4, [R] * 3, a=[a * 0] * 3 + [a])
+    assert found.solved.all() and all(bool((P == 0).all()) for P in found.P)
+    for k, u in enumerate(reversed(found.u)):
+        assert relative(u, -B.mT @ torch.linalg.matrix_power(A.mT, k) @ a) < TOL[dtype]["rtol"]
