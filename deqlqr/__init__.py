@@ -36,6 +36,7 @@ from deqlqr.linearize import linearize
 from deqlqr.lqr import LQR
 from deqlqr.monitor import Monitor, Observation, jacobian_penalty, jacobian_radius
 from deqlqr.monotone import ConvMonotoneBlock, MonotoneBlock
+from deqlqr.msa import MSA, MSAReport
 from deqlqr.newton_krylov import NewtonKrylov
 from deqlqr.optim import ImplicitNGD, StepReport
 from deqlqr.random_fields import ControlledODE, RandomFieldBlock, RandomFields
@@ -189,6 +190,8 @@ __all__ = [
     "Kronecker",
     "StepReport",
     "GradientStep",
+    "MSA",
+    "MSAReport",
     "HamiltonianDescent",
     "OuterMomentum",
     "Classical",

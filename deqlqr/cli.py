@@ -74,8 +74,8 @@ def main() -> None:
     help="dense, conv: a tanh block, or the thesis' convolutional one, with a small state. Larger, "
     "for other routes than dare: dense-large, conv-large; dense-free, without a bound; gradient, "
     "monotone, random-fields: blocks with a fixed point by construction. Explicit networks: "
-    "convnet, of 5 layers; for points in the plane, of 15 layers, net, and the Runge-Kutta networks "
-    "from resnet on.",
+    "convnet, of 5 layers; for points in the plane, of 15 layers, net, and the Runge-Kutta "
+    "networks from resnet on.",
 )  # fmt: skip
 @click.option(
     "--optimizer", type=click.Choice(OPTIMIZERS), default=_DEFAULT.optimizer,

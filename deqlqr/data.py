@@ -1,4 +1,4 @@
-"""The data sets of the command line: digits of scikit-learn, MNIST, a surface, points in the plane.
+"""The data sets of the command line: digits, MNIST, a sine, a surface, points in the plane.
 
 The points fall into two classes c = 0, 1, which a gap parts. With s a thin uniform spread,
 
@@ -7,7 +7,9 @@ The points fall into two classes c = 0, 1, which a gap parts. With s a thin unif
     squares  the four squares 0.05 <= |p_1|, |p_2| <= 1: c = 1 where p_1 p_2 > 0
     spiral   (r + s) (cos a, sin a), a = 3 pi r + pi c, 0.1 <= r <= 1: two arms of 1.35 turns
 
-each uniform: donut1d in t, the arms in r^2 (about evenly along them), the others in area.
+each uniform: donut1d in t, the arms in r^2 (about evenly along them), the others in area. The
+clusters are k normal distributions in R^30, each with variance 1 about a centre whose components
+are normal with variance 4.
 
 Source of the four problems: M. Benning, E. Celledoni, M. J. Ehrhardt, B. Owren, C.-B. Schoenlieb
 (2019), Deep learning as optimal control problems, arXiv:1904.05657.
@@ -22,8 +24,11 @@ import torch
 from torch import Tensor
 
 POINT_SETS = ("donut1d", "donut2d", "squares", "spiral")
-DATASETS = ("digits", "mnist", "sine2d", *POINT_SETS)
+CLUSTER_SETS = ("clusters5", "clusters8", "clusters12", "clusters15")
+TABLES = ("wine", "iris")
+DATASETS = ("digits", "mnist", "sine", "sine2d", *POINT_SETS, *TABLES, *CLUSTER_SETS)
 _TRAIN, _TEST = 500, 1000  # points
+_INPUTS, _EACH = 30, 40  # of the clusters: components, points of a class
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,11 @@ def load_data(name: str, root: str | Path | None = None) -> Data:
     """Load a data set by name.
 
     Args:
-        name: `"digits"`, `"mnist"`, `"sine2d"`, `"donut1d"`, `"donut2d"`, `"squares"` or
+        name: `"digits"`, `"mnist"`, `"sine"`, `"sine2d"`, `"donut1d"`, `"donut2d"`, `"squares"` or
             `"spiral"`. Of the last four the two classes take turns, 500 points to train with and
-            1000 to test with.
+            1000 to test with. `"wine"` and `"iris"`: rows of numbers. `"clusters5"`, `"clusters8"`,
+            `"clusters12"` or `"clusters15"`: so many classes, 40 points of each to train with and
+            as many to test with.
         root: For MNIST, the folder torchvision's `MNIST(root=...)` reads; nothing is downloaded.
 
     Returns:
@@ -90,10 +97,16 @@ def load_data(name: str, root: str | Path | None = None) -> Data:
         return _digits()
     if name == "mnist":
         return _mnist(root)
+    if name == "sine":
+        return _sine()
     if name == "sine2d":
         return _sine2d()
     if name in POINT_SETS:
         return _points(name)
+    if name in TABLES:
+        return _table(name)
+    if name in CLUSTER_SETS:
+        return _clusters(int(name.removeprefix("clusters")))
     raise ValueError(f"data must be one of {DATASETS}, got {name!r}.")
 
 
@@ -111,6 +124,14 @@ def _digits() -> Data:
     return Data(images[train], labels[train], images[test], labels[test])
 
 
+def _sine() -> Data:
+    """Return sin x at 1000 evenly spaced points of [-pi, pi], and at 1000 random ones."""
+    train = torch.linspace(-math.pi, math.pi, 1000, dtype=torch.float64)[:, None]
+    generator = torch.Generator().manual_seed(0)
+    test = math.pi * (2 * torch.rand(1000, 1, generator=generator, dtype=torch.float64) - 1)
+    return Data(train, train.sin(), test, test.sin(), outputs=1)
+
+
 def _sine2d() -> Data:
     """Return sin(3 x1) cos(2 x2) + 0.3 x1 x2 on a grid of 20 x 20, and at 1000 random points."""
     axis = torch.linspace(-1, 1, 20, dtype=torch.float64)
@@ -119,6 +140,26 @@ def _sine2d() -> Data:
     test = 2 * torch.rand(1000, 2, generator=generator, dtype=torch.float64) - 1
     surface = lambda x: (3 * x[:, :1]).sin() * (2 * x[:, 1:]).cos() + 0.3 * x[:, :1] * x[:, 1:]
     return Data(train, surface(train), test, surface(test), outputs=1)
+
+
+def _table(name: str) -> Data:
+    """Return rows standardised by the mean and deviation of those to train with, a fifth apart."""
+    from sklearn.datasets import load_iris, load_wine
+    from sklearn.model_selection import train_test_split
+
+    rows, classes = (load_wine if name == "wine" else load_iris)(return_X_y=True)
+    x, y = torch.as_tensor(rows), torch.as_tensor(classes, dtype=torch.int64)
+    train, test = train_test_split(range(len(y)), test_size=0.2, random_state=0, stratify=classes)
+    x = ((x - x[train].mean(0)) / x[train].std(0)).float()
+    return Data(x[train], y[train], x[test], y[test], outputs=3)
+
+
+def _clusters(k: int) -> Data:
+    generator = torch.Generator().manual_seed(k)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    centres, labels = 2 * draw(k, _INPUTS), torch.arange(k * _EACH) % k
+    points = lambda: (centres[labels] + draw(len(labels), _INPUTS)).float()
+    return Data(points(), labels, points(), labels.clone(), outputs=k)
 
 
 def _points(name: str) -> Data:

@@ -1,5 +1,7 @@
-"""Figures: training curves of one run, and a measure by iteration of several."""
+"""Figures: training curves of one run, a measure by iteration of several, updates compared."""
 
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,20 @@ def plot_runs(
     measure: str,
     target: float,
     scale: str = "linear",
+    alike: Sequence[str] = (),
 ) -> None:
-    """Draw a measure by iteration and by seconds, one curve for each named run."""
+    """Draw a measure by iteration and by seconds, one curve for each named run.
+
+    Args:
+        runs: Metrics by the run's name.
+        path: The PNG.
+        title: Over both panels.
+        measure: Key of the metrics.
+        target: Value of the measure that is marked.
+        scale: Of both axes of the left panel.
+        alike: Runs whose curves may coincide: each is drawn narrower, on top of those before.
+    """
+    widths = {name: 2.0 + 2.5 * i for i, name in enumerate(reversed(alike))}
     figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for name, lines in runs.items():
@@ -56,7 +70,7 @@ def plot_runs(
         values = [float("nan") if line[measure] is None else line[measure] for line in steps]
         ours = not name.startswith(_FIRST_ORDER)
         style: dict[str, Any] = {
-            "linewidth": 2.0 if ours else 1.2,
+            "linewidth": widths.get(name, 2.0 if ours else 1.2),
             "linestyle": "-" if ours else "--",
             "marker": "o" if len(steps) < 3 else None,  # or it would not be seen
         }  # fmt: skip
@@ -119,3 +133,52 @@ def plot_seeds(
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def plot_misalignments(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: str | Path,
+    title: str,
+    limits: Mapping[str, float],
+    reported: float,
+) -> None:
+    """Draw test accuracy, loss and 1 - cos of the updates by iteration, a row for each run.
+
+    Args:
+        runs: Metrics of every step, by the run's name; accuracy not in all of them.
+        path: The PNG.
+        title: Over all panels.
+        limits: For each key of 1 - cos in the metrics what it may not exceed.
+        reported: What the thesis reports for it.
+    """
+    figure = Figure(figsize=(13, 3.2 * len(runs) + 1.2), layout="constrained")
+    axes = figure.subplots(len(runs), 3, squeeze=False, sharex="row", sharey="col")
+    for row, (name, lines) in zip(axes, runs.items(), strict=True):
+        steps = [line["step"] for line in lines]
+        accuracies = [(line["step"], line["accuracy"]) for line in lines if "accuracy" in line]
+        row[0].plot(*zip(*accuracies, strict=True), color="tab:blue", linewidth=1.2)
+        losses = [line["loss"] for line in lines]
+        row[1].plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.6)
+        wide = max(1, len(lines) // 30)
+        row[1].plot(steps, _mean_of_last(losses, wide), color="tab:blue", linewidth=1.2,
+                    label=f"mean of the last {wide}")  # fmt: skip
+        row[1].legend(fontsize=8)
+        for key, color in zip(limits, ("tab:blue", "tab:orange"), strict=True):
+            row[2].plot(steps, [line[key] for line in lines], color=color, linewidth=0.6, label=key)
+            row[2].axhline(limits[key], color=color, linestyle="--", linewidth=1,
+                           label=f"aim, {key}")  # fmt: skip
+        row[2].axhline(reported, color="grey", linestyle=":", linewidth=1.2, label="thesis")
+        row[2].set_yscale("log")
+        for axis, label in zip(row, ("test accuracy", "training loss (batch)", "1 - cos"),
+                               strict=True):  # fmt: skip
+            axis.set(xlabel="iteration", ylabel=label, title=name)
+            axis.grid(alpha=0.3)
+    handles, labels = axes[0][2].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=5, fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def _mean_of_last(values: Sequence[float], wide: int) -> list[float]:
+    sums = [0.0, *accumulate(values)]
+    return [(sums[i] - sums[max(0, i - wide)]) / min(i, wide) for i in range(1, len(values) + 1)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deqlqr.data import DATASETS, POINT_SETS, Data, load_data
+from deqlqr.data import CLUSTER_SETS, DATASETS, POINT_SETS, Data, load_data
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,16 @@ def test_first_refuses_a_size_out_of_range(digits: Data) -> None:
     for samples in (0, -1, len(digits.train_x) + 1):
         with pytest.raises(ValueError, match="train_size"):
             digits.first(samples)
+
+
+def test_the_sine_is_a_sine_on_the_whole_interval() -> None:
+    data = load_data("sine")
+    assert data.loss == "mse" and data.outputs == 1
+    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
+        assert x.shape == y.shape == (1000, 1) and x.dtype == y.dtype == torch.float64
+        assert torch.equal(y, torch.sin(x)) and len(torch.unique(x)) == 1000
+        assert -math.pi <= float(x.min()) < -3.1 and 3.1 < float(x.max()) <= math.pi
+    assert not torch.isin(data.test_x, data.train_x).any()
 
 
 def test_the_surface_is_the_promised_one() -> None:
@@ -141,6 +151,49 @@ def test_the_arms_of_the_spiral_are_the_promised_ones() -> None:
         arm = radius[label == c]
         assert float(arm.min()) < 0.2 and float(arm.max()) > 0.95
         assert float(arm.square().mean()) == pytest.approx(0.505, abs=0.04)
+
+
+@pytest.mark.parametrize(("name", "inputs", "samples"), [("wine", 13, 178), ("iris", 4, 150)])
+def test_tables_are_standardised_by_their_training_rows(
+    name: str, inputs: int, samples: int
+) -> None:
+    import sklearn.datasets
+
+    data, again = load_data(name), load_data(name)
+    assert name in DATASETS and data.outputs == 3 and data.loss == "cross_entropy"
+    assert len(data.train_x) + len(data.test_x) == samples
+    assert len(data.test_x) == pytest.approx(0.2 * samples, abs=1)
+    assert torch.allclose(data.train_x.mean(0), torch.zeros(inputs), atol=1e-5)
+    assert torch.allclose(data.train_x.std(0), torch.ones(inputs), atol=1e-5)
+    # Stretched back to the range of each column, the rows are those of the table.
+    rows, classes = getattr(sklearn.datasets, f"load_{name}")(return_X_y=True)
+    x, y = torch.as_tensor(rows), torch.as_tensor(classes)
+    both, labels = torch.cat([data.train_x, data.test_x]), torch.cat([data.train_y, data.test_y])
+    low, high = both.double().aminmax(dim=0)
+    back = x.amin(0) + (both - low) / (high - low) * (x.amax(0) - x.amin(0))
+    nearest = torch.cdist(back.double() / x.std(0), x / x.std(0)).min(1)
+    assert float(nearest.values.max()) < 1e-5 and len(both) == len(x)
+    assert torch.equal(y[nearest.indices], labels)
+    assert torch.equal(labels.bincount(), y.bincount())
+    for label in range(3):
+        share = (data.test_y == label).double().mean() - (labels == label).double().mean()
+        assert abs(float(share)) < 0.05
+    assert torch.equal(data.train_x, again.train_x) and torch.equal(data.test_y, again.test_y)
+
+
+@pytest.mark.parametrize("name", CLUSTER_SETS)
+def test_clusters_are_normal_about_their_centres(name: str) -> None:
+    k, data, again = int(name.removeprefix("clusters")), load_data(name), load_data(name)
+    assert name in DATASETS and data.outputs == k and data.loss == "cross_entropy"
+    centres = torch.stack([data.train_x[data.train_y == c].mean(0) for c in range(k)])
+    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
+        assert x.shape == (40 * k, 30) and x.dtype == torch.float32 and y.dtype == torch.int64
+        assert torch.equal(y.bincount(), torch.full((k,), 40))
+        assert torch.equal(torch.cdist(x, centres).argmin(1), y)
+        assert float((x - centres[y]).std()) == pytest.approx(1.0, abs=0.05)
+    assert float(centres.std()) == pytest.approx(2.0, abs=0.3)
+    assert torch.equal(data.train_x, again.train_x)
+    assert not torch.equal(data.train_x, data.test_x)
 
 
 def test_an_unknown_data_set_is_refused() -> None:
