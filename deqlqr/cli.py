@@ -183,7 +183,9 @@ def train(context: click.Context, **options: Any) -> None:
 
 @main.command(context_settings={"show_default": True})
 @click.option(
-    "--model", type=click.Choice([*MODELS, "all"]), default="all",
+    "--model",
+    type=click.Choice([*MODELS, "all"]),
+    default="all",
     help=f"Which model; all: {' and '.join(SMALL_MODELS)}.",
 )
 @click.option("--data", type=click.Choice(DATASETS), default="digits", help="Data set.")
@@ -234,19 +236,19 @@ def check(
 @main.command("reproduce", context_settings={"show_default": True})
 @click.argument("figure", type=click.Choice(list(FIGURES)))
 @click.option("--data-root", type=_PATH, help="Folder that holds MNIST/raw, for the figures "
-              "of the thesis.")  # fmt: skip
+              "of the thesis, and emsa-fig2.")  # fmt: skip
 @click.option("--out", type=_PATH, show_default="runs/FIGURE", help="Folder for its results.")
 @click.option(
     "--steps", type=int, show_default=", ".join(f"{f.steps} for {n}" for n, f in FIGURES.items()),
     help="Steps of a training; gradient descent in fig4.1 takes five times as many.",
 )  # fmt: skip
-@click.option("--full", is_flag=True, help="The thesis' scale: an epoch of batches of 5 for fig3.1 "
-              "and fig5.1, 2500 steps for fig4.1. Hours.")  # fmt: skip
+@click.option("--full", is_flag=True, help="The source's scale: an epoch of batches of 5 for fig3.1 "
+              "and fig5.1, 2500 steps for fig4.1, 200 and 5500 iterations for extended MSA. Hours.")  # fmt: skip
 @_reported
 def reproduce_command(
     figure: str, data_root: Path | None, out: Path | None, steps: int | None, full: bool
 ) -> None:
-    """Repeat a figure of the thesis or the slides.
+    """Repeat a figure of the thesis, the slides or the papers.
 
     Finished runs in --out are not run again, interrupted ones go on. Times are of one thread.
 
@@ -262,6 +264,9 @@ def reproduce_command(
 
     fig5.1-deq: the same in the infinite horizon, on the block of fig4.1, batches of 8. About an
     hour.
+
+    emsa-fig1, emsa-fig2: extended MSA beside gradient methods, on a sine from good and from zero
+    parameters, and on MNIST with a residual network. A quarter of an hour each.
 
     spiral: points in the plane, classified by Runge-Kutta networks of 15 layers and by equilibria;
     predictions, transformed points, transitions. A quarter of an hour.

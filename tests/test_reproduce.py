@@ -11,7 +11,7 @@ from deqlqr.cli import main
 from deqlqr.reproduce import FIGURES, Experiment, reproduce
 from deqlqr.training import Trainer
 
-SCALED = ("fig3.1", "fig4.1", "fig5.1")  # those with a scale of the thesis
+SCALED = {"fig3.1": 12_000, "fig4.1": 2500, "fig5.1": 12_000, "emsa-fig1": 200, "emsa-fig2": 5500}
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def test_no_steps_are_refused_before_anything_is_written(tmp_path: Path, steps: 
     assert not (tmp_path / "out").exists()
 
 
-def test_the_thesis_figures_want_mnist(tmp_path: Path) -> None:
-    for name in ("fig3.1", "fig4.1", "fig5.1", "fig5.1-deq"):
+def test_the_figures_of_mnist_want_it(tmp_path: Path) -> None:
+    for name in ("fig3.1", "fig4.1", "fig5.1", "fig5.1-deq", "emsa-fig2"):
         with pytest.raises(ValueError, match=f"figure '{name}' needs a data root"):
             reproduce(name, None, tmp_path, 1)
 
@@ -54,10 +54,10 @@ def test_a_figure_has_its_usual_steps_or_those_given(name: str, taken: list[int]
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_full_is_the_scale_of_the_thesis(name: str, taken: list[int]) -> None:
+def test_full_is_the_scale_of_the_paper(name: str, taken: list[int]) -> None:
     if name in SCALED:
         reproduce(name, Path("data"), Path("out"), full=True)
-        assert taken == [{"fig4.1": 2500}.get(name, 60_000 // 5)]
+        assert taken == [SCALED[name]]
         with pytest.raises(ValueError, match="steps cannot be given with full, .* got 7"):
             reproduce(name, Path("data"), Path("out"), 7, full=True)
     else:
