@@ -242,8 +242,11 @@ def check(
     "--steps", type=int, show_default=", ".join(f"{f.steps} for {n}" for n, f in FIGURES.items()),
     help="Steps of a training; gradient descent in fig4.1 takes five times as many.",
 )  # fmt: skip
-@click.option("--full", is_flag=True, help="The source's scale: an epoch of batches of 5 for fig3.1 "
-              "and fig5.1, 2500 steps for fig4.1, 200 and 5500 iterations for extended MSA. Hours.")  # fmt: skip
+@click.option(
+    "--full", is_flag=True,
+    help="The source's scale, hours: an epoch of batches of 5 for fig3.1 and fig5.1, 2500 steps "
+    "for fig4.1, 200 and 5500 iterations for extended MSA.",
+)  # fmt: skip
 @_reported
 def reproduce_command(
     figure: str, data_root: Path | None, out: Path | None, steps: int | None, full: bool
