@@ -10,6 +10,7 @@ from deqlqr.costate import StepCostate, costate_step
 from deqlqr.cyclic_lqr import CyclicLQR
 from deqlqr.cyclic_riccati import CyclicDareSolution, solve_cyclic_dare
 from deqlqr.cyclic_steady_state import CyclicSteadyState, cyclic_steady_state
+from deqlqr.ddp import DDP, DDPReport
 from deqlqr.deq import DEQ
 from deqlqr.divergence import (
     CategoricalKL,
@@ -190,6 +191,8 @@ __all__ = [
     "Kronecker",
     "StepReport",
     "GradientStep",
+    "DDP",
+    "DDPReport",
     "MSA",
     "MSAReport",
     "HamiltonianDescent",

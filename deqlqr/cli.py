@@ -16,6 +16,9 @@ import deqlqr
 from deqlqr.bench import BATCHES, SINGLES, bench_dare, table
 from deqlqr.bench_cyclic import CYCLES, bench_cyclic
 from deqlqr.bench_cyclic import table as cyclic_table
+from deqlqr.bench_ddp import BASES as DDP_BASES
+from deqlqr.bench_ddp import bench_ddp
+from deqlqr.bench_ddp import table as ddp_table
 from deqlqr.bench_fixed_point import bench_fixed_point, problems
 from deqlqr.bench_fixed_point import table as fixed_point_table
 from deqlqr.bench_step import bench_step
@@ -340,6 +343,21 @@ def bench_cyclic_command(cycle: tuple[str, ...], device: str, as_json: bool) -> 
         rows = bench_cyclic(cycle or None, _device("cpu" if name == "auto" else name).type)
         for line in (json.dumps(asdict(r)) for r in rows) if as_json else cyclic_table(rows):
             click.echo(line)
+
+
+@bench.command("ddp", context_settings={"show_default": True})
+@click.option("--base", type=click.Choice(list(DDP_BASES)), multiple=True,
+              help="Repeat for several; all if not given.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each row.")
+@_reported
+def bench_ddp_command(base: tuple[str, ...], as_json: bool) -> None:
+    """Time a step of DDP with feedback beside that of its base optimiser; some minutes.
+
+    Tanh networks of 64 inputs and 10 classes, float32, one CPU thread; processor time.
+    """
+    rows = bench_ddp(bases=base or tuple(DDP_BASES))
+    for line in (json.dumps(asdict(r)) for r in rows) if as_json else ddp_table(rows):
+        click.echo(line)
 
 
 @bench.command("step", context_settings={"show_default": True})
