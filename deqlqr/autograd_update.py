@@ -35,6 +35,8 @@ def gradient_update(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def natural_update(model: nn.Module, x: Tensor, y: Tensor, damping: float) -> Tensor:
     """Return u of (AU2), `(m,)`, in the order of `model.parameters()`.
 
+    Derivatives have the model's type, the linear algebra is in float64.
+
     Args:
         model: With outputs `(batch, classes)`; all its parameters train.
         x: Inputs `(batch, ...)`.
@@ -47,10 +49,10 @@ def natural_update(model: nn.Module, x: Tensor, y: Tensor, damping: float) -> Te
     at_least("damping", damping, 0.0, strict=True)
     named = {name: p.detach() for name, p in model.named_parameters()}
     parts = jacrev(lambda own: functional_call(model, own, (x,)))(named)
-    J = torch.cat([part.flatten(2) for part in parts.values()], dim=-1).flatten(0, 1)
-    g = -gradient_update(model, x, y)
+    J = torch.cat([part.flatten(2) for part in parts.values()], dim=-1).flatten(0, 1).double()
+    g = -gradient_update(model, x, y).double()
     with torch.no_grad():
-        p = model(x).softmax(-1)
+        p = model(x).double().softmax(-1)
         Lambda = torch.block_diag(*(torch.diag(q) - torch.outer(q, q) for q in p))
         system = Lambda @ (J @ J.T)
         system.diagonal().add_(damping * len(x))

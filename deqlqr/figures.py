@@ -50,6 +50,7 @@ def plot_runs(
     target: float,
     scale: str = "linear",
     alike: Sequence[str] = (),
+    until: int | None = None,
 ) -> None:
     """Draw a measure by iteration and by seconds, one curve for each named run.
 
@@ -61,8 +62,9 @@ def plot_runs(
         target: Value of the measure that is marked.
         scale: Of both axes of the left panel.
         alike: Runs whose curves may coincide: each is drawn narrower, on top of those before.
+        until: Last iteration shown; `None` for all.
     """
-    widths = {name: 2.0 + 2.5 * i for i, name in enumerate(reversed(alike))}
+    widths = {name: 1.5 + 1.5 * i for i, name in enumerate(reversed(alike))}
     figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for name, lines in runs.items():
@@ -85,6 +87,7 @@ def plot_runs(
         right.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         right.xaxis.set_major_formatter("{x:g}")
         right.xaxis.set_minor_formatter(NullFormatter())
+        left.set_xlim(right=until)
         left.set_xscale(scale)
         left.set_yscale(scale)
     names = {"accuracy": "test accuracy", "loss": "mean squared error", "error": "test error"}
@@ -163,18 +166,21 @@ def plot_misalignments(
         row[1].plot(steps, _mean_of_last(losses, wide), color="tab:blue", linewidth=1.2,
                     label=f"mean of the last {wide}")  # fmt: skip
         row[1].legend(fontsize=8)
-        for key, color in zip(limits, ("tab:blue", "tab:orange"), strict=True):
-            row[2].plot(steps, [line[key] for line in lines], color=color, linewidth=0.6, label=key)
-            row[2].axhline(limits[key], color=color, linestyle="--", linewidth=1,
-                           label=f"aim, {key}")  # fmt: skip
-        row[2].axhline(reported, color="grey", linestyle=":", linewidth=1.2, label="thesis")
+        for key in limits:
+            row[2].plot(steps, [line[key] for line in lines], linewidth=0.7, label=key)
+        for limit in sorted(set(limits.values())):
+            row[2].axhline(limit, color="black", linestyle="--", linewidth=1,
+                           label=f"at most {limit:g}")  # fmt: skip
+        row[2].axhline(
+            reported, color="grey", linestyle=":", linewidth=1.2, label=f"thesis, {reported:g}"
+        )
         row[2].set_yscale("log")
         for axis, label in zip(row, ("test accuracy", "training loss (batch)", "1 - cos"),
                                strict=True):  # fmt: skip
             axis.set(xlabel="iteration", ylabel=label, title=name)
             axis.grid(alpha=0.3)
     handles, labels = axes[0][2].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=5, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower right", ncols=6, fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 

@@ -1,9 +1,10 @@
 """Figure 3.1: at every step of a training the update of the LQR beside that of autograd.
 
 A network of three convolutions and two dense layers learns MNIST in batches of 5, by gradient
-descent and by natural gradient descent, and every update is the LQR's, in float64. Beside it stand
-the update of `deqlqr.autograd_update` on the same batch, in float64, and the LQR's from parameters
-and batch cast to float32; both LQRs are compared with that one update of autograd.
+descent and by natural gradient descent, and every update is the LQR's, in float64. Beside it stands
+the update of `deqlqr.autograd_update` on the same batch. Both are computed again from parameters
+and batch cast to float32, and compared there; and the LQR's in float32 with autograd's in float64,
+to which neither can be close where the loss is nearly 0: the softmax less the label cancels.
 
 Source: thesis section 3.3.
 """
@@ -17,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from deqlqr._checks import at_least, choice, count
@@ -37,7 +38,8 @@ from deqlqr.routes import Memory, Riccati
 from deqlqr.solution import ConvergenceError
 
 BATCH = 5  # the thesis'
-LIMITS = {"float64": 1e-12, "float32": 1e-6}  # on 1 - cos
+# On 1 - cos: LQR and autograd both in a type, and the first in float32, the other in float64.
+LIMITS = {"float64": 1e-12, "float32": 1e-6, "float32 to float64": 1e-6}
 THESIS = 1e-5
 METHODS = ("SGD", "NGD")
 _CHECKPOINT, _METRICS = "checkpoint.pt", "metrics.jsonl"
@@ -165,43 +167,44 @@ class CosineRun:
     def _take(self, samples: Tensor) -> dict[str, Any]:
         """Compare the updates on a batch, take the LQR's, and return what was measured."""
         x, y = self.data.train_x[samples].double(), self.data.train_y[samples]
-        start = time.perf_counter()
-        loss, update = self._by_lqr(torch.float64, x, y)
-        first = time.perf_counter()
         with torch.no_grad():
             for rounded, p in zip(self._rounded.parameters(), self.model.parameters(), strict=True):
                 rounded.copy_(p)
-        _, update_32 = self._by_lqr(torch.float32, x.float(), y)
+        start = time.perf_counter()
+        loss, update = self._by_lqr(self.model, x, y)
+        first = time.perf_counter()
+        expected = self._by_autograd(self.model, x, y)
         second = time.perf_counter()
-        expected = self._by_autograd(x, y)
+        _, update_32 = self._by_lqr(self._rounded, x.float(), y)
         third = time.perf_counter()
+        expected_32 = self._by_autograd(self._rounded, x.float(), y)
         with torch.no_grad():
             Controls(self.model).assign(Controls(self.model).vector + self.config.lr * update)
         return {
             "loss": loss,
             "float64": misalignment(update, expected),
-            "float32": misalignment(update_32, expected),
+            "float32": misalignment(update_32, expected_32),
+            "float32 to float64": misalignment(update_32, expected),
             "seconds": {
                 "LQR, float64": first - start,
-                "LQR, float32": second - first,
-                "autograd": third - second,
+                "autograd, float64": second - first,
+                "LQR, float32": third - second,
             },
         }
 
-    def _by_lqr(self, dtype: torch.dtype, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
-        model = self.model if dtype == torch.float64 else self._rounded
+    def _by_lqr(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
         at = Batch(model, Controls(model), make_loss("cross_entropy"), [(x, y)])
-        local = Riccati().local(at, self.config.divergence, dtype, Memory())
+        local = Riccati().local(at, self.config.divergence, x.dtype, Memory())
         found = local.solve([self.config.damping] * len(at.controls.parameters))
         if found.u is None or found.reason is not None:
             self._save()
             raise ConvergenceError(f"step {self.step + 1}: {found.reason}")
         return float(local.loss), found.u
 
-    def _by_autograd(self, x: Tensor, y: Tensor) -> Tensor:
+    def _by_autograd(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if self.config.method == "SGD":
-            return gradient_update(self.model, x, y)
-        return natural_update(self.model, x, y, self.config.damping)
+            return gradient_update(model, x, y)
+        return natural_update(model, x, y, self.config.damping)
 
 
 def cosine_configs(steps: int) -> dict[str, CosineConfig]:
@@ -262,7 +265,7 @@ def _line(rows: dict[str, dict[str, Any]], steps: int) -> str:
         return (
             f"{name}: {largest}; test accuracy {row['accuracy']:.1%}; a step of the LQR "
             f"{1e3 * pace['LQR, float64']:.0f} ms in float64, of autograd "
-            f"{1e3 * pace['autograd']:.0f} ms"
+            f"{1e3 * pace['autograd, float64']:.0f} ms"
         )
 
     return (

@@ -51,7 +51,9 @@ def reproduce_routes(data_root: Path | None, out: Path, steps: int) -> str:
     line = _verdict(rows, best, failures)
     title = f"MNIST, toy convolutional DEQ, 12 inner channels, batches of {BATCH}"
     shown = {name: lines for name, lines in runs.items() if name in _ROUTES or name == best}
-    plot_runs(shown, out / "fig4.1.png", title, "accuracy", TARGETS[0], alike=_ALIKE)
+    plot_runs(
+        shown, out / "fig4.1.png", title, "accuracy", TARGETS[0], alike=_ALIKE, until=2 * steps
+    )
     content = {"targets": TARGETS, "runs": rows, "best_of_gd": best, "failures": failures}
     (out / "fig4.1.json").write_text(json.dumps({**content, "line": line}, indent=2) + "\n")
     (out / "fig4.1.md").write_text("\n".join(_markdown(rows)) + "\n")

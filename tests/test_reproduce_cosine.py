@@ -82,7 +82,8 @@ def test_the_updates_agree_and_the_training_is_that_of_autograd(
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
         assert all(line[kind] <= limit for kind, limit in LIMITS.items())
-        assert line["float32"] > line["float64"] >= 0  # another type, not the same numbers
+        # Other types, not the same numbers.
+        assert line["float32 to float64"] > line["float64"] >= 0 and line["float32"] > 0
         assert all(seconds > 0 for seconds in line["seconds"].values())
     assert [line["step"] for line in lines if "accuracy" in line] == [2, 3]
 
@@ -124,6 +125,15 @@ def test_an_interrupted_training_repeats_the_uninterrupted_one_bit_for_bit(
     monkeypatch.setattr(CosineRun, "_take", take)
     assert timeless(run(config, data, tmp_path / "parts")) == timeless(expected)
     assert same(parameters(tmp_path / "parts"), parameters(tmp_path / "whole"))
+
+
+def test_where_the_loss_vanishes_float32_itself_is_what_differs(data: Data, tmp_path: Path) -> None:
+    sure = CosineRun(GRADIENT, replace(data, train_y=torch.zeros(20, dtype=torch.int64)), tmp_path)
+    with torch.no_grad():
+        list(sure.model.parameters())[-1][0] = 17.0  # its class, for every image
+    for line in sure.run(quiet=True):
+        assert line["loss"] < 1e-4 and line["float64"] < 1e-24
+        assert line["float32"] < 1e-9 < LIMITS["float32 to float64"] < line["float32 to float64"]
 
 
 def test_a_finished_training_is_kept_and_another_does_not_overwrite_it(
@@ -168,5 +178,5 @@ def test_it_writes_figure_numbers_and_line(
             assert row[kind]["steps_above_limit"] == 0 and row[kind]["at_step"] in (1, 2)
         assert 0 <= row["accuracy"] <= row["best_accuracy"] <= 1
     monkeypatch.setattr("deqlqr.reproduce_cosine.plot_misalignments", lambda *_: None)
-    monkeypatch.setattr("deqlqr.reproduce_cosine.LIMITS", {"float64": 0.0, "float32": 0.0})
+    monkeypatch.setattr("deqlqr.reproduce_cosine.LIMITS", dict.fromkeys(LIMITS, 0.0))
     assert "float64" in reproduce_cosine(None, tmp_path, 2).partition("(2 steps above 0)")[0]
