@@ -150,6 +150,9 @@ class Cyclic(_ByLayers):
 
     def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
         """Return A, B, Q, R, M, a, b of the batch, layer by layer."""
+        refusal = _one_layer(at.model)
+        if refusal is not None:  # a layer may be gone for a while, as within `unrolled`
+            raise ValueError(f"route 'cyclic' {refusal}.")
         sweeps = self._sweeps(self.tol, self.max_sweeps)
         return linearize_cyclic(at, divergence, dtype, self.minibatch, self.max_states, sweeps)
 

@@ -258,7 +258,7 @@ def test_newton_without_a_solution_is_a_rejection_and_with_a_shared_weight_an_er
     assert found.u is None and "cyclic DARE: 1 of 1" in found.reason
     model, x, y = problem("shared weight")
     optimizer = ImplicitNGD(model, route="cyclic", divergence="newton", damping=5.0)
-    with pytest.raises(ValueError, match="act in several phases.*no cyclic Newton problem"):
+    with pytest.raises(ValueError, match="act in several phases.*no Newton problem layer by layer"):
         optimizer.step(x, y)
 
 

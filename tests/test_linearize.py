@@ -194,7 +194,7 @@ X, Y = randn(5, 4).float(), torch.tensor([0, 1, 2, 0, 1])
         ({"minibatch": "mean"}, "minibatch must be one of"),
         ({"damping": -1.0}, "damping must be finite and at least 0"),
         ({"damping": "big"}, "damping must be a number"),
-        ({"model": nn.Linear(4, 3)}, "exactly one DEQ layer, found 0"),
+        ({"model": nn.Linear(4, 3)}, "model Linear has no phases"),
         ({"model": nn.Sequential(DEQ(DenseBlock(4)), DEQ(DenseBlock(4)))}, "found 2"),
         ({"model": Picky(nn.Unflatten(1, (2, 2)))}, r"must return \(batch, classes\)"),
         ({"model": Picky(nn.BatchNorm1d(4))}, "model.eval()"),
