@@ -248,7 +248,8 @@ def check(
 @click.option(
     "--full", is_flag=True,
     help="The source's scale, hours: an epoch of batches of 5 for fig3.1 and fig5.1, 2500 steps "
-    "for fig4.1, 200 and 5500 iterations for extended MSA.",
+    "for fig4.1, 200 and 5500 iterations for extended MSA, 2000 steps and ten seeds for DDP, 500 "
+    "for ddp-fig3.",
 )  # fmt: skip
 @_reported
 def reproduce_command(
@@ -273,6 +274,10 @@ def reproduce_command(
 
     emsa-fig1, emsa-fig2: extended MSA beside gradient methods, on a sine from good and from zero
     parameters, and on MNIST with a residual network. A quarter of an hour each.
+
+    ddp-table3, ddp-table4, ddp-fig3, ddp-fig5: SGD, RMSprop and EKFAC with the feedback of DDP and
+    without, in pairs of seeds on wine, iris and digits: losses, accuracies, variances, and learning
+    rates above the best; the spectrum of the feedback on clusters. Up to a quarter of an hour each.
 
     spiral: points in the plane, classified by Runge-Kutta networks of 15 layers and by equilibria;
     predictions, transformed points, transitions. A quarter of an hour.

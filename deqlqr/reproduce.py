@@ -1,8 +1,8 @@
 """Figures of the papers, repeated: each writes its figure, its numbers, and a line.
 
 The experiments: `deqlqr.reproduce_cosine` (figure 3.1), `deqlqr.reproduce_routes` (4.1),
-`deqlqr.reproduce_damping` (5.1), `deqlqr.reproduce_msa` (extended MSA), `deqlqr.reproduce_points`
-(the slides).
+`deqlqr.reproduce_damping` (5.1), `deqlqr.reproduce_msa` (extended MSA), `deqlqr.reproduce_ddp` and
+`deqlqr.reproduce_ddp_spectrum` (DDP), `deqlqr.reproduce_points` (the slides).
 """
 
 from collections.abc import Callable
@@ -13,6 +13,13 @@ from pathlib import Path
 from deqlqr._checks import at_least, choice
 from deqlqr.reproduce_cosine import reproduce_cosine
 from deqlqr.reproduce_damping import FINITE, INFINITE, reproduce_damping
+from deqlqr.reproduce_ddp import (
+    FULL_STEPS,
+    reproduce_ddp_fig5,
+    reproduce_ddp_table3,
+    reproduce_ddp_table4,
+)
+from deqlqr.reproduce_ddp_spectrum import reproduce_ddp_fig3
 from deqlqr.reproduce_msa import reproduce_emsa_fig1, reproduce_emsa_fig2
 from deqlqr.reproduce_points import reproduce_fields, reproduce_spiral
 from deqlqr.reproduce_routes import THESIS_STEPS, reproduce_routes
@@ -44,6 +51,10 @@ FIGURES = {
     "fig5.1-deq": Experiment(partial(reproduce_damping, INFINITE), 100, None, mnist=True),
     "emsa-fig1": Experiment(reproduce_emsa_fig1, 60, 200, mnist=False),
     "emsa-fig2": Experiment(reproduce_emsa_fig2, 40, 5500, mnist=True),
+    "ddp-table3": Experiment(reproduce_ddp_table3, 200, FULL_STEPS, mnist=False),
+    "ddp-table4": Experiment(reproduce_ddp_table4, 200, FULL_STEPS, mnist=False),
+    "ddp-fig3": Experiment(reproduce_ddp_fig3, 100, 500, mnist=False),
+    "ddp-fig5": Experiment(reproduce_ddp_fig5, 200, FULL_STEPS, mnist=False),
     "spiral": Experiment(reproduce_spiral, 120, None, mnist=False),
     "fields": Experiment(reproduce_fields, 60, None, mnist=False),
 }

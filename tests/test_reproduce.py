@@ -11,7 +11,10 @@ from deqlqr.cli import main
 from deqlqr.reproduce import FIGURES, Experiment, reproduce
 from deqlqr.training import Trainer
 
-SCALED = {"fig3.1": 12_000, "fig4.1": 2500, "fig5.1": 12_000, "emsa-fig1": 200, "emsa-fig2": 5500}
+SCALED = {
+    "fig3.1": 12_000, "fig4.1": 2500, "fig5.1": 12_000, "emsa-fig1": 200, "emsa-fig2": 5500,
+    "ddp-table3": 2000, "ddp-table4": 2000, "ddp-fig3": 500, "ddp-fig5": 2000,
+}  # fmt: skip
 
 
 @pytest.fixture
