@@ -67,6 +67,8 @@ def times(X: Tensor, Y: Tensor) -> Tensor:
     """Return X Y; rows of Y that are zero, as most of M in a training step, cost nothing."""
     used = (Y != 0).any(-1)
     rows = (used.flatten(0, -2).any(0) if used.dim() > 1 else used).nonzero()[:, 0]
+    if len(rows) == 0:
+        return X.new_zeros(*X.shape[:-1], Y.shape[-1])
     if 2 * len(rows) > Y.shape[-2]:
         return X @ Y
     return X[..., rows] @ Y[..., rows, :]

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deqlqr._linalg import identity_like, norm, sym
+from deqlqr._linalg import LUFactor, identity_like, lu_factor, norm, sym
 from deqlqr.cycle import Cycle
 from deqlqr.dare import Eliminated
 from deqlqr.scan import Chain
@@ -101,41 +101,45 @@ def _double(
     running = broken == 0
     # T = A' and W' = I + H G are what is stored: LAPACK, which counts by columns, then takes them
     # without a copy. G and H are symmetric; H is made so once, at the end.
-    TG, H = torch.cat([flat(A.mT), flat(G)], dim=-2), flat(H)
+    T, G, H = flat(A.mT), flat(G), flat(H)
     P, steps = H.clone(), torch.zeros_like(broken)
     code, taken = broken.clone(), steps.clone()
     index = torch.arange(len(P), device=P.device)  # of the elements still in the batch
-    ratio = torch.full_like(broken, torch.nan, dtype=P.dtype)
-    rounding = max(n, 2) * torch.finfo(P.dtype).eps
+    info = torch.finfo(P.dtype)
+    rounding = max(n, 2) * info.eps
+    least = torch.full_like(broken, rounding, dtype=P.dtype)  # change that asks for another step
     check_every = 1 if P.device.type == "cpu" else 3
     for step in range(max_steps):
-        T, G = TG[:, :n], TG[:, n:]
         W_transposed = torch.bmm(H, G)
         W_transposed.diagonal(dim1=-2, dim2=-1).add_(1)
-        solved, _ = torch.linalg.solve_ex(W_transposed.mT, TG.mT)
-        AW_GW = solved.mT  # (W^-1 A)' above (W^-1 G)'
-        dH = torch.bmm(T, torch.bmm(AW_GW[:, :n], H).mT)
+        W = lu_factor(W_transposed.mT)
+        WA_transposed = W.solve(T.mT).mT
+        dH = torch.bmm(T, torch.bmm(WA_transposed, H).mT)
         H_next = H + dH  # (R5)
-        size, before = norm(H_next), ratio
-        ratio = norm(dH) / size.clamp(min=torch.finfo(P.dtype).tiny)
+        size = norm(H_next)
+        ratio = norm(dH) / size.clamp(min=info.tiny)
         taken += running
-        overflow = running & ~size.isfinite()
-        running = running & ~overflow
-        H = _where(running, H_next, H)
+        finite = running & (size < torch.inf)
         # A finite problem whose iterates overflow or break down has P at infinity.
-        code = code.masked_fill(overflow, DareResult.NONE)
+        code = code.masked_fill(running ^ finite, DareResult.NONE)
+        H = _where(finite, H_next, H)
         # Changes go as r <- c r^2, so the next is foreseen from two; one that drowns in rounding
         # is left out. Where that misjudges, the certificate asks for a Newton step.
-        running = running & ~((ratio <= rounding) | (ratio**3 <= rounding * before**2))
+        running = finite & (ratio > least)
+        least = (rounding * ratio**2).pow(1 / 3).clamp(min=rounding)
         if (step + 1) % check_every == 0 and not running.all():
             P[index], steps[index], broken[index] = H, taken, code
             keep = running.nonzero()[:, 0]
             if len(keep) == 0:
                 break
             index, running, taken, code = index[keep], running[keep], taken[keep], code[keep]
-            H, T, G, AW_GW, ratio = (X[keep] for X in (H, T, G, AW_GW, ratio))
-        TG = torch.bmm(AW_GW, T)
-        TG[:, n:] = torch.baddbmm(G, TG[:, n:].mT, T)  # (R5)
+            ratio, least = ratio[keep], least[keep]
+            H, T, G, WA_transposed = (X[keep] for X in (H, T, G, WA_transposed))
+            W = LUFactor(*(X[keep] for X in W))
+        # Only now, for the last step of an element does not ask for it.
+        WGA = torch.bmm(W.solve(G.mT).mT, T)  # (A W^-1 G)'
+        G = torch.baddbmm(G, WGA.mT, T)  # (R5)
+        T = torch.bmm(WA_transposed, T)
     else:
         P[index], steps[index] = H, taken
         # Late steps, of 2^step of the recursion's, that still change H by much approach no limit:

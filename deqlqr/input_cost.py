@@ -58,6 +58,8 @@ class InputCost:
 
     def dense(self) -> Tensor:
         """Return R `(*batch, m, m)`."""
+        if self._everything:
+            return self.block
         R = torch.diag_embed(self.diagonal)
         R[..., self.coupled[:, None], self.coupled] = self.block
         return R
@@ -95,7 +97,8 @@ class InputCost:
         if self._everything:
             return self.block @ right
         product = right * self.diagonal[..., None]
-        product[..., self.coupled, :] = self.block @ right[..., self.coupled, :]
+        if len(self.coupled):
+            product[..., self.coupled, :] = self.block @ right[..., self.coupled, :]
         return product
 
     def norm(self) -> Tensor:
@@ -155,7 +158,8 @@ class InputCostFactor:
         if self.cost._everything:
             return self._solve_block(right)
         solved = right / self.cost.diagonal[..., None]
-        solved[..., self.cost.coupled, :] = self._solve_block(right[..., self.cost.coupled, :])
+        if len(self.cost.coupled):
+            solved[..., self.cost.coupled, :] = self._solve_block(right[..., self.cost.coupled, :])
         return solved
 
     def _solve_block(self, right: Tensor) -> Tensor:

@@ -164,11 +164,10 @@ def _solve(cycle: Cycle, P0: list[Tensor] | None, options: Options) -> Solved:
 
 
 def _masked(found: Found, dtype: torch.dtype, out_dtype: torch.dtype) -> Solved:
-    bad = (~found.stabilising)[..., None, None]
-    P, K = (
-        tuple(X.masked_fill(bad, float("nan")).to(out_dtype) for X in Xs)
-        for Xs in (found.P, found.K)
-    )
+    P, K = (tuple(X.to(out_dtype) for X in Xs) for Xs in (found.P, found.K))
+    if not bool(found.stabilising.all()):
+        bad = (~found.stabilising)[..., None, None]
+        P, K = (tuple(X.masked_fill(bad, float("nan")) for X in Xs) for Xs in (P, K))
     _, _, loop, radius, residual, result = found.certificate
     gains = found.gains if out_dtype == found.P[0].dtype else None
     return Solved(
@@ -310,9 +309,11 @@ def _scaled(
         blocks = (X.block, X.diagonal[..., None]) if isinstance(X, InputCost) else (X,)
         sizes += [largest(block) for block in blocks]
     size = torch.stack(sizes).amax(0)
-    usable = size.isfinite() & (size > 0)
-    size = torch.where(usable, size, torch.ones_like(size))
-    scale = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
+    one = torch.ones_like(size)
+    size = torch.where((size > 0) & (size < torch.inf), size, one)
+    scale = torch.ldexp(one, torch.frexp(size).exponent - 1)
+    if torch.equal(scale, one):
+        return Q, R, M, P0, scale
     wide = scale[..., None, None]
     R = [X.divided(scale) if isinstance(X, InputCost) else X / wide for X in R]
     P0 = None if P0 is None else [X / wide for X in P0]
@@ -334,9 +335,9 @@ def _symmetric_costs(Q: Sequence[Tensor], R: Costs) -> tuple[list[Tensor], list[
 
 
 def _symmetric(name: str, X: Tensor) -> Tensor:
-    skew = norm(X - X.mT)
-    if not (skew > 0).any():
+    if torch.equal(X, X.mT):
         return X
+    skew = norm(X - X.mT)
     if (skew > torch.finfo(X.dtype).eps ** 0.5 * norm(X)).any():
         raise ValueError(f"{name} must be symmetric.")
     return sym(X)

@@ -42,14 +42,18 @@ def _gelfand(A: Tensor, squarings: int, log_scale: Tensor | float = 0.0) -> tupl
     If ||A^k|| goes as c rho^k, then b_2k^2 / b_k of the bounds b is rho.
     """
     tiny = torch.finfo(A.dtype).tiny
+    batch, n = A.shape[:-2], A.shape[-1]
+    A = A.reshape(batch.numel(), n, n)  # a batched product in one call
     top = largest(A) + tiny  # so that no square vanishes or overflows
-    A = A / top[..., None, None]
-    size = norm(A) + tiny
-    bound = before = top.log() + size.log() + log_scale
-    for k in range(1, squarings + 1):
+    A = A / top[:, None, None]
+    sizes = [norm(A) + tiny]
+    for _ in range(squarings):
         # A^(2^k) is a matrix that is squared here, times the power by which it was scaled.
-        A = A / size[..., None, None]
-        A = A @ A
-        size = norm(A) + tiny
-        before, bound = bound, bound + 0.5**k * size.log()
-    return bound.exp(), (2 * bound - before).exp()
+        A = A / sizes[-1][:, None, None]
+        A = torch.bmm(A, A)
+        sizes.append(norm(A) + tiny)
+    powers = 0.5 ** torch.arange(squarings + 1, dtype=A.dtype, device=A.device)
+    terms = powers * torch.stack(sizes, -1).log()
+    bound = (top.log() + terms.sum(-1)).reshape(batch) + log_scale
+    last = terms[:, -1].reshape(batch)
+    return bound.exp(), (bound + last).exp()
