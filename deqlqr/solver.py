@@ -19,6 +19,7 @@ from torch import Tensor
 from deqlqr._checks import Options, count
 from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failures
 
+_PROBED = 8  # rows, of those that go on, which show by themselves whether rows are independent
 _SHRINK = 7 / 8  # of the rows given to f; fewer running ones are gathered into a smaller batch
 
 
@@ -91,7 +92,7 @@ class RowMap:
 
     def restricted(self, keep: Tensor) -> "RowMap":
         """Return the map of the rows `keep`, as a part of this one's accounts."""
-        part = RowMap(self.f, tuple(x[keep] for x in self.inputs), self.divisible)
+        part = RowMap(self.f, tuple(x.index_select(0, keep) for x in self.inputs), self.divisible)
         part.rows = self.rows
         return part
 
@@ -106,11 +107,12 @@ class RowMap:
         """
         if self.divisible is False:
             return self
-        part = self.restricted(keep)
         if self.divisible is None:
-            self.divisible = part.divisible = self._agrees(part, keep, z, fz, tol)
+            few = keep[:: max(1, len(keep) // _PROBED)]
+            part = self.restricted(few)
+            self.divisible = self._agrees(part, few, z, fz, tol)
             self.rows, self.mixes = part.rows, not self.divisible
-        return part if self.divisible else self
+        return self.restricted(keep) if self.divisible else self
 
     @staticmethod
     def _agrees(part: "RowMap", keep: Tensor, z: Tensor, fz: Tensor, tol: float) -> bool:
@@ -180,12 +182,13 @@ class Solver(Options):
             growth, kept = run.judge(step, fz_raw, fz, memory)
             if kept is not None:
                 memory.pick(kept)
-                fz = fz[kept]
+                fz = fz.index_select(0, kept)
             if run.f.mixes or (run.over and run.fails_by_mixing(fz)):
                 return self._solve_together(run, step)
             if run.over:
                 break
-            run.advance(memory.propose(run.f, Iterate(run.z, fz, run.r, growth, run.best_fz)))
+            z = memory.propose(run.f, Iterate(run.z, fz, run.r, growth, run.best_fz))
+            run.advance(z, plain=z is fz)
         return run.solution()
 
     def _solve_together(self, run: "_Run", steps: int) -> FixedPointSolution:
@@ -240,7 +243,7 @@ class Memory:
 
 def _pick(owner: object, names: tuple[str, ...], keep: Tensor) -> None:
     for name in names:
-        setattr(owner, name, getattr(owner, name)[keep])
+        setattr(owner, name, getattr(owner, name).index_select(0, keep))
 
 
 class _Run:
@@ -260,6 +263,8 @@ class _Run:
         self.frozen: Tensor | None = None  # rows of z that have their verdict
         self.best_z, self.best_fz, self.best = z, z, self.residual
         self.anchor = self.residual  # the best residual `patience` steps ago
+        self.bound: Tensor | None = None  # of the residual that is enough, from above
+        self.plain = False  # z is the last f(z)
         self.over = batch == 0
         self.r: Tensor = None  # type: ignore[assignment]
         self._spare: Tensor | None = None
@@ -271,20 +276,33 @@ class _Run:
         self._subtract(fz)
         last = step == self.solver.max_steps
         if step % self.check_every and not last and step != 1:
+            self.bound = None
             return None, None
         size = torch.linalg.vector_norm(self.r, dim=-1)
         if self.tol is None:
             self.tol = self.solver.tolerance(fz_raw.dtype)
             self.limit = self.solver.divergence_ratio * size.clamp(min=1.0)
-        enough = torch.linalg.vector_norm(fz, dim=-1).clamp_(min=1.0).mul_(self.tol)  # (FP1)
+        bound, self.bound = self.bound, None
         ordinary = self.frozen is None and not last and step % self.solver.patience
-        if ordinary and ((size > enough) & (size < self.best)).all():
-            self.best_z, self.best_fz, self.best = self.z, fz, size
+        if ordinary and self.plain and bound is not None:
+            # |f(z)| <= |z| + |r|, and z is the last f(z): mostly that spares reading f(z).
+            bound = torch.add(bound, size, alpha=self.tol)
+            if self._goes_on(size, fz, bound):
+                return None, None
+        enough = torch.linalg.vector_norm(fz, dim=-1).clamp_(min=1.0).mul_(self.tol)  # (FP1)
+        if ordinary and self._goes_on(size, fz, enough):
             return None, None
         if self.frozen is not None and self._depends(size, enough):
             self.f.mixes = True
             return None, None
         return self._sort(step, fz, size, (size <= enough) & size.isfinite(), memory)
+
+    def _goes_on(self, size: Tensor, fz: Tensor, enough: Tensor) -> bool:
+        """Take the iterate as the best one if every row has improved, and none has converged."""
+        if not ((size > enough) & (size < self.best)).all():
+            return False
+        self.best_z, self.best_fz, self.best, self.bound = self.z, fz, size, enough
+        return True
 
     def _depends(self, size: Tensor, enough: Tensor) -> bool:
         """Return whether a row that had converged, and has stayed, has lost it: rows mix."""
@@ -330,9 +348,11 @@ class _Run:
         gone = leaving.nonzero()[:, 0]
         if len(gone) == 0:
             return growth, None
-        rows = self.index[gone]
-        self.value[rows], self.residual[rows] = self.best_z[gone], self.best[gone]
-        self.result[rows], self.evaluations[rows] = result[gone], step + memory.work
+        rows = self.index.index_select(0, gone)
+        self.value.index_copy_(0, rows, self.best_z.index_select(0, gone))
+        self.residual.index_copy_(0, rows, self.best.index_select(0, gone))
+        self.result.index_copy_(0, rows, result.index_select(0, gone))
+        self.evaluations.index_fill_(0, rows, step + memory.work)
         frozen = leaving if self.frozen is None else self.frozen | leaving
         left = (~frozen).nonzero()[:, 0]
         self.over = len(left) == 0
@@ -341,7 +361,7 @@ class _Run:
         # The start is often zero, where no dependence would show.
         known = step > 1 or self.f.divisible is not None
         if known and len(left) <= _SHRINK * len(frozen) and self._shrink(left, fz):
-            return growth[left], left
+            return growth.index_select(0, left), left
         self.frozen = frozen
         return growth, None
 
@@ -369,8 +389,9 @@ class _Run:
         _pick(self, ("z", "r", "best_z", "best_fz", "best", "anchor", "index", "limit"), left)
         return True
 
-    def advance(self, z: Tensor) -> None:
-        """Take the next iterate; a row with its verdict stays where it is finite."""
+    def advance(self, z: Tensor, plain: bool) -> None:
+        """Take the next iterate, plainly f(z) or not; a row with its verdict stays."""
+        self.plain = plain and self.frozen is None
         self.z = z if self.frozen is None else torch.where(self.frozen[:, None], self.best_z, z)
 
     def solution(self) -> FixedPointSolution:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class StateShape:
         shapes = tuple(tuple(s) for s in shape) if several else (tuple(shape),)
         return StateShape(shapes, not several)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number n of a sample's components."""
         return sum(math.prod(shape) for shape in self.shapes)
@@ -80,6 +81,8 @@ class StateShape:
         Raises:
             ValueError: If fz does not have this shape.
         """
+        if self.single and isinstance(fz, Tensor) and fz.shape == (batch, *self.shapes[0]):
+            return self.flatten(fz)
         parts = (fz,) if isinstance(fz, Tensor) else fz
         expected = [(batch, *shape) for shape in self.shapes]
         fits = (
