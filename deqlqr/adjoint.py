@@ -72,14 +72,19 @@ class Implicit(Options):
         return self.solve_by(resolvent, product, right, start)
 
     def solve_by(
-        self, resolvent: Resolvent, product: Product, right: Tensor, start: Tensor | None = None
+        self,
+        resolvent: Resolvent,
+        product: Product,
+        right: Tensor,
+        start: Tensor | None = None,
+        tol: float | None = None,
     ) -> LinearSolution:
-        """Solve (D1) by a resolvent that may have served before."""
-        found = resolvent.solve(right, start)
+        """Solve (D1) by a resolvent that may have served before, to its tolerance or another."""
+        found = resolvent.solve(right, start, tol)
         if resolvent.dense and not found.converged.all():
             # Samples that depend on each other have no A of their own.
             krylov = Resolvent(product, tol=resolvent.tol, max_steps=self.max_steps, dense=False)
-            return krylov.solve(right, start)
+            return krylov.solve(right, start, tol)
         return found
 
 

@@ -155,7 +155,11 @@ class Call:
         return solver.tolerance(low) if enabled else solver.tol
 
     def solve_linear(
-        self, product: Product, right: Tensor, resolvent: Resolvent | None = None
+        self,
+        product: Product,
+        right: Tensor,
+        resolvent: Resolvent | None = None,
+        rough: float | None = None,
     ) -> Tensor:
         """Return x = right + L x by the layer's adjoint solver and rules of failure.
 
@@ -163,6 +167,7 @@ class Call:
             product: x -> L x.
             right: `(batch, n)`.
             resolvent: (I - L)^-1, where one is at hand.
+            rough: A tolerance in place of the layer's; `backward_solution` stays as it is.
         """
         layer, dtype = self.layer, right.dtype
         work = right.float() if torch.finfo(dtype).bits < 32 else right
@@ -174,16 +179,18 @@ class Call:
         with torch.no_grad():
             solver = make_adjoint(layer.backward)
             if resolvent is not None and isinstance(solver, Implicit):
-                found = solver.solve_by(resolvent, product, work, start)
+                found = solver.solve_by(resolvent, product, work, start, rough)
             else:
                 found = solver.solve(product, work, tol, start)
         # Nobody asks about a sample whose A is not finite: its part is nothing.
         idle = (work == 0).all(-1) & ~found.value.isfinite().all(-1)
         codes = found.result.masked_fill(idle, int(FixedPointResult.CONVERGED))
         value = found.value.masked_fill(idle[:, None], 0.0)
-        layer.backward_solution = replace(found, value=value, result=codes)
-        self._keep("lam", value)
-        layer.report(layer.backward_solution, "adjoint (D1) of the block")
+        solution = replace(found, value=value, result=codes)
+        if rough is None:
+            layer.backward_solution = solution
+            self._keep("lam", value)
+        layer.report(solution, "adjoint (D1) of the block")
         return value.masked_fill(lost[:, None], float("nan")).to(dtype)
 
     def _warmed(self, kind: str, like: Tensor, cold: Tensor | None) -> Any:

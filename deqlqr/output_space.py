@@ -139,7 +139,11 @@ class OutputSpace:
 
 
 def linearize_outputs(
-    at: Batch, divergence: OutputDivergence, dtype: torch.dtype, draw: Draw | None = None
+    at: Batch,
+    divergence: OutputDivergence,
+    dtype: torch.dtype,
+    draw: Draw | None = None,
+    tol: float | None = None,
 ) -> OutputSpace:
     """Linearise the outputs of a model at its fixed points.
 
@@ -149,6 +153,7 @@ def linearize_outputs(
         dtype: Of the linear algebra.
         draw: Gives the random cotangents (batch, k, r) of outputs (batch, k); none for the
             metric's root C.
+        tol: Relative residual of the rows' adjoint solves; `None` takes the layers'.
 
     Returns:
         An `OutputSpace`.
@@ -164,7 +169,7 @@ def linearize_outputs(
     def take(chunk: Chunk) -> None:
         y = chunk.at.outputs
         C = (divergence.root(y) if draw is None else draw(y)) / at.count**0.5
-        chunks.append(Rows.of(chunk.at, C.unbind(-1)).to(dtype))  # (W2)
+        chunks.append(Rows.of(chunk.at, C.unbind(-1), tol).to(dtype))  # (W2)
         roots.append(C)
         outputs.append(y)
 

@@ -33,14 +33,14 @@ def pinned(call: Call, uses: Uses) -> Any:
         z = call.solve().detach().requires_grad_()
     uses.mark(z)
     fz = call.direct(z)
-    return call.shape.unflatten(_AtFixedPoint.apply(fz, _Pin(call, z, fz)))
+    return call.shape.unflatten(_AtFixedPoint.apply(fz, _Pin(call, z, fz, uses)))
 
 
 class _Pin:
     """(I - A')^-1 and (I - A)^-1 of one forward pass."""
 
-    def __init__(self, call: Call, z: Tensor, fz: Tensor) -> None:
-        self.call, self.z, self.fz = call, z, fz
+    def __init__(self, call: Call, z: Tensor, fz: Tensor, uses: Uses) -> None:
+        self.call, self.z, self.fz, self.uses = call, z, fz, uses
         self._solvers: dict[str, Resolvent] = {}
         self._pulled: tuple[Tensor, Tensor] | None = None
 
@@ -82,7 +82,8 @@ class _Pin:
         if kind not in self._solvers:
             tol = layer.solver.tolerance(right.dtype)
             self._solvers[kind] = adjoint.resolvent(product, self.z.shape[1], tol)
-        return self.call.solve_linear(product, right, self._solvers[kind])
+        rough = self.uses.rough if kind == "adjoint" else None
+        return self.call.solve_linear(product, right, self._solvers[kind], rough)
 
 
 class _AtFixedPoint(torch.autograd.Function):

@@ -90,19 +90,32 @@ class Resolvent:
     def __init__(self, product: Product, *, tol: float, max_steps: int, dense: bool) -> None:
         self.product, self.tol, self.max_steps, self.dense = product, tol, max_steps, dense
         self.products = 0
+        self._proven = False  # residuals formed anew were what the recursion said
         self._factor: tuple[LUFactor, Tensor] | None = None  # of I - L, and ||(I - L)^-1||
         self._pairs = _Pairs()
 
-    def solve(self, right: Tensor, start: Tensor | None = None) -> LinearSolution:
-        """Solve for c = `right` (batch, n) or (batch, k, n), from `start` of the same shape."""
+    def solve(
+        self, right: Tensor, start: Tensor | None = None, tol: float | None = None
+    ) -> LinearSolution:
+        """Solve for right sides, by whatever earlier ones have left.
+
+        Args:
+            right: c, `(batch, n)` or `(batch, k, n)`.
+            start: Where to start, of the same shape; zeros if `None`.
+            tol: For this time, in place of the resolvent's.
+
+        Returns:
+            A `LinearSolution`.
+        """
+        tol = tol or self.tol
         several = right.dim() == 3
         rights = right if several else right[:, None]
         starts = None if start is None else start if several else start[:, None]
         if self.dense:
-            found = self._solve_dense(rights)
+            found = self._solve_dense(rights, tol)
         else:
             parts = [
-                self._solve_krylov(rights[:, k], None if starts is None else starts[:, k])
+                self._solve_krylov(rights[:, k], None if starts is None else starts[:, k], tol)
                 for k in range(rights.shape[1])
             ]
             found = LinearSolution(
@@ -118,7 +131,7 @@ class Resolvent:
         self.products += 1
         return self.product(x)
 
-    def _solve_dense(self, rights: Tensor) -> LinearSolution:
+    def _solve_dense(self, rights: Tensor, tol: float) -> LinearSolution:
         batch, k, n = rights.shape
         spent = self.products
         if self._factor is None:
@@ -130,35 +143,40 @@ class Resolvent:
         x = lu.solve(rights.mT).mT
         # By a product, not by L: it shows a map that mixes the samples of the batch.
         r = torch.stack([rights[:, i] + self._times(x[:, i]) - x[:, i] for i in range(k)], 1)
-        return self._certified(rights, x, r, size[:, None], self.products - spent)
+        return self._certified(rights, x, r, size[:, None], self.products - spent, tol)
 
-    def _solve_krylov(self, right: Tensor, start: Tensor | None) -> LinearSolution:
+    def _solve_krylov(self, right: Tensor, start: Tensor | None, tol: float) -> LinearSolution:
         """Solve from the pairs at hand, and from none if they lead nowhere: rounding wears them."""
         worn = self._pairs.count > 0
-        found = self._solve_once(right, start)
+        found = self._solve_once(right, start, tol)
         if worn and not found.converged.all():
             self._pairs.clear()
-            found = self._solve_once(right, start)
+            found = self._solve_once(right, start, tol)
         return found
 
-    def _solve_once(self, right: Tensor, start: Tensor | None) -> LinearSolution:
+    def _solve_once(self, right: Tensor, start: Tensor | None, tol: float) -> LinearSolution:
         spent = self.products
         x = torch.zeros_like(right) if start is None else start
         r = right if start is None else right + self._times(x) - x
-        goal = self.tol * torch.linalg.vector_norm(right, dim=-1).clamp(min=_least(right))
+        goal = tol * torch.linalg.vector_norm(right, dim=-1).clamp(min=_least(right))
         true = r
+        known = self._proven and tol > torch.finfo(right.dtype).eps ** 0.5
         for _ in range(_REFINEMENTS):
             x, r = self._reduced(x, true, goal, spent)
+            if known:  # rounding is far below
+                true, size = r, torch.linalg.vector_norm(r, dim=-1)
+                break
             true = right + self._times(x) - x
             size = torch.linalg.vector_norm(true, dim=-1)
             if (size <= 2 * goal).all() or self.products - spent >= self.max_steps:
                 break
         unseen = size > 2 * torch.linalg.vector_norm(r, dim=-1) + 2 * goal
         if len(right) > 1 and unseen.any() and self.products - spent < self.max_steps:
-            return self._solve_together(right, x, spent)
+            return self._solve_together(right, x, spent, tol)
+        self._proven = not bool(unseen.any())
         bound = self._inverse_norm(right)[:, None]
         found = self._certified(
-            right[:, None], x[:, None], true[:, None], bound, self.products - spent
+            right[:, None], x[:, None], true[:, None], bound, self.products - spent, tol
         )
         if found.converged.all():
             return found
@@ -203,16 +221,16 @@ class Resolvent:
             p = q  # r is orthogonal to (I - L) r: go on from the last direction instead
         return x, r, bool(usable.any())
 
-    def _solve_together(self, right: Tensor, x: Tensor, spent: int) -> LinearSolution:
+    def _solve_together(self, right: Tensor, x: Tensor, spent: int, tol: float) -> LinearSolution:
         """Solve for the whole batch as one sample, for its samples depend on each other."""
         shape, count = right.shape, len(right)
         joint = Resolvent(
             lambda v: self._times(v.view(shape)).view(1, -1),
-            tol=self.tol,
+            tol=tol,
             max_steps=self.max_steps - (self.products - spent),
             dense=False,
         )
-        found = joint._solve_krylov(right.reshape(1, -1), x.reshape(1, -1))
+        found = joint._solve_krylov(right.reshape(1, -1), x.reshape(1, -1), tol)
         each = lambda t: t.expand(count).clone()
         return LinearSolution(
             found.value.view(count, 1, -1), each(found.result),
@@ -241,14 +259,20 @@ class Resolvent:
         return torch.linalg.vector_norm(total, dim=-1) + tail
 
     def _certified(
-        self, rights: Tensor, x: Tensor, r: Tensor, inverse_norm: Tensor, products: int
+        self,
+        rights: Tensor,
+        x: Tensor,
+        r: Tensor,
+        inverse_norm: Tensor,
+        products: int,
+        tol: float,
     ) -> LinearSolution:
         size = lambda v: torch.linalg.vector_norm(v, dim=-1)
         least = _least(x)
         residual = (size(r) / size(rights).clamp(min=least)).amax(-1)
         error = (inverse_norm * size(r) / size(x).clamp(min=least)).amax(-1)
         # Rounding alone leaves what it leaves, however small tol is.
-        reach = max(2 * self.tol, 1e2 * torch.finfo(x.dtype).eps)
+        reach = max(2 * tol, 1e2 * torch.finfo(x.dtype).eps)
         result = torch.where(
             residual <= reach, int(FixedPointResult.CONVERGED), int(FixedPointResult.MAX_STEPS)
         )

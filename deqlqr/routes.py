@@ -239,6 +239,8 @@ class Sampled(_OfOutputs, Options):
     Attributes:
         samples: Random outputs for each example.
         seed: Of their generator; with the number of the step it determines them.
+        tol: Relative residual of the random outputs' adjoint solves; `None` takes the DEQ layers'.
+            The estimate's own noise is far larger; the gradient is not touched.
 
     Raises:
         ValueError: If an option is out of range.
@@ -246,10 +248,13 @@ class Sampled(_OfOutputs, Options):
 
     samples: int = 1
     seed: int = 0
+    tol: float | None = 1e-2
 
     def __post_init__(self) -> None:
         count("samples", self.samples)
         count("seed", self.seed, 0)
+        if self.tol is not None:
+            at_least("tol", self.tol, 0.0, strict=True)
 
     def local(self, at: Batch, divergence: Divergence, dtype: torch.dtype, memory: Memory) -> Local:
         """Return the gradient and the sampled rows of the batch."""
@@ -262,7 +267,7 @@ class Sampled(_OfOutputs, Options):
             drawn = [chosen.sample(y, generator) for _ in range(self.samples)]
             return torch.stack(drawn, dim=-1) / self.samples**0.5
 
-        return linearize_outputs(at, chosen, dtype, draw)
+        return linearize_outputs(at, chosen, dtype, draw, self.tol)
 
 
 @dataclass(frozen=True)

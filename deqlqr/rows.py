@@ -124,8 +124,13 @@ class Rows:
     count: tuple[int, int]
 
     @staticmethod
-    def of(at: Sensitivity, cotangents: Sequence[Tensor]) -> "Rows":
+    def of(at: Sensitivity, cotangents: Sequence[Tensor], tol: float | None = None) -> "Rows":
         """Form the rows of the cotangents, each (batch, k), one backward pass for each.
+
+        Args:
+            at: The model on a batch.
+            cotangents: Of the outputs.
+            tol: Relative residual of the adjoint solves; `None` takes the layers'.
 
         Returns:
             The rows.
@@ -139,7 +144,7 @@ class Rows:
                 "samples have no gradient. Call model.eval(), or take route='krylov'."
             )
         plan = _Plan(at)
-        pieces = [plan.pieces(at.cotangents(c)) for c in cotangents]
+        pieces = [plan.pieces(at.cotangents(c, tol)) for c in cotangents]
         found = {key: torch.stack([piece[key] for piece in pieces], 1) for key in plan.uses_of}
         outer = {key: Outer.of(use, found.pop(key)) for key, use in plan.alone.items()}
         chained = plan.derived.chain(found)

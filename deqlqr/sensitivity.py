@@ -46,7 +46,7 @@ class Sensitivity:
         self.outputs = self._y.detach().to(torch.promote_types(self._y.dtype, torch.float32))
         self.uses: list[Use] = recorder.found
         self.mixing = recorder.mixing
-        self._refused = recorder.refused
+        self._recorder = recorder
         self._pulled: tuple[Tensor, Tensor] | None = None
 
     def pull(self, c: Tensor) -> Tensor:
@@ -63,18 +63,26 @@ class Sensitivity:
         (pushed,) = torch.autograd.grad(pulled, w, v, retain_graph=True)
         return pushed.to(self.outputs.dtype)
 
-    def cotangents(self, c: Tensor) -> list[Tensor | None]:
+    def cotangents(self, c: Tensor, tol: float | None = None) -> list[Tensor | None]:
         """Return g of every use, for cotangents c of the outputs; `None` for one without effect.
+
+        Args:
+            c: Cotangents, of the shape of the outputs.
+            tol: Relative residual of the adjoint solves; `None` takes the layers'.
 
         Raises:
             ValueError: If the model uses a parameter in a way that has no gradient of samples.
         """
-        if self._refused is not None:
-            raise ValueError(self._refused)
+        if self._recorder.refused is not None:
+            raise ValueError(self._recorder.refused)
         edges = [use.edge for use in self.uses]
-        found = torch.autograd.grad(
-            self._y, edges, c.to(self._y.dtype), retain_graph=True, allow_unused=True
-        )
+        self._recorder.rough = tol
+        try:
+            found = torch.autograd.grad(
+                self._y, edges, c.to(self._y.dtype), retain_graph=True, allow_unused=True
+            )
+        finally:
+            self._recorder.rough = None
         kept: dict[tuple, Tensor] = {}  # what is one tensor stays one: its uses belong together
         result: list[Tensor | None] = []
         for use, g in zip(self.uses, found, strict=True):

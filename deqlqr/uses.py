@@ -111,6 +111,23 @@ class Conv2d(Factored):
         """Return g at each position."""
         return g.flatten(2).mT
 
+    def rows(self, g: Tensor) -> Tensor:
+        """Return g a', summed over positions."""
+        if _pair(self.stride) != (1, 1):
+            return super().rows(g)
+        # At stride 1 what an entry of the kernel sees is the image, moved: of rows laid end to end
+        # one run, if g has zeros where it runs over the margin. That is copied fast.
+        (high, wide), (down, right) = self.operand.shape[2:], _pair(self.dilation)
+        above, beside = _pair(self.padding)
+        a = F.pad(self.a.to(self.operand.dtype), (beside, beside, above, above))
+        width, reach = a.shape[3], right * (wide - 1)
+        a = F.pad(a.flatten(2), (0, reach)).contiguous()
+        g = F.pad(g, (0, reach)).flatten(2)
+        size = *a.shape[:2], high, wide, g.shape[2]
+        seen = a.as_strided(size, (a.stride(0), a.stride(1), down * width, right, 1))
+        outer = g @ seen.reshape(len(a), -1, g.shape[2]).mT
+        return outer.reshape(len(a), *self.operand.shape)
+
 
 @dataclass(frozen=True)
 class ConvTranspose2d(Use):
@@ -170,6 +187,12 @@ class Copied(Use):
         return g.reshape(len(g), *self.operand.shape)
 
 
+def _pair(option: Any) -> tuple[int, int]:
+    """Return an option of a convolution for height and width."""
+    one, other = (option, option) if isinstance(option, int) else (*option, option[0])[:2]
+    return one, other
+
+
 def _summed(g: Tensor, operand: Tensor, axis: int) -> Tensor:
     """Sum g over all dimensions but the first and those of the operand, which begin at `axis`."""
     axis = axis % g.dim()
@@ -200,6 +223,7 @@ class Uses(TorchFunctionMode):
         mixing: Name of an operation that mixes the samples of a batch, if one was met.
         refused: Why single samples have no gradient, if an operation was met that has none.
         paused: Record nothing for now.
+        rough: Tolerance of adjoint solves in place of the layers', for now.
     """
 
     def __init__(self, batch: int) -> None:
@@ -209,6 +233,7 @@ class Uses(TorchFunctionMode):
         self.mixing: str | None = None
         self.refused: str | None = None
         self.paused = False
+        self.rough: float | None = None
         self._data: dict[int, weakref.ref[Tensor]] = {}
 
     @contextmanager

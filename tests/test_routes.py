@@ -17,6 +17,7 @@ from deqlqr import (
     DenseBlock,
     Euclidean,
     GaussianKL,
+    Implicit,
     ImplicitNGD,
     Kronecker,
     Krylov,
@@ -29,6 +30,7 @@ from deqlqr import (
 from deqlqr.batch import Batch
 from deqlqr.krylov import ConjugateGradients
 from deqlqr.loss import make_loss
+from deqlqr.resolvent import Resolvent
 from deqlqr.routes import Memory
 
 from .problems import (
@@ -386,9 +388,9 @@ def test_every_parametrised_weight_has_a_block_in_the_kronecker_metric():
 
 
 class Tanh(nn.Module):
-    def __init__(self):
+    def __init__(self, n=12):
         super().__init__()
-        self.state, self.input = nn.Linear(12, 12), nn.Linear(8, 12)
+        self.state, self.input = nn.Linear(n, n), nn.Linear(8, n)
 
     def forward(self, z, x):
         return torch.tanh(self.state(z) + self.input(x))
@@ -399,6 +401,28 @@ def quality(found, u, delta):
     best = found.solve([delta] * 6)
     square = found.metric(u) + delta * float(u @ u)
     return float(found.gradient @ u) ** 2 / square / -best.slope
+
+
+def test_random_rows_may_be_rough_and_the_gradient_is_not(monkeypatch):
+    products, times = [], Resolvent._times
+    monkeypatch.setattr(Resolvent, "_times", lambda self, x: products.append(1) or times(self, x))
+    torch.manual_seed(0)
+    layer = DEQ(Tanh(40), state_shape=(40,), backward=Implicit(method="krylov"))
+    model = exact(nn.Sequential(layer, nn.Linear(40, 3)))
+    x, y = randn(64, 8), torch.randint(0, 3, (64,))
+    found, scores, counts = [], [], []
+    whole = local(Output(), model, x, y, CategoricalKL())
+    for tol in (None, 1e-2):
+        products.clear()
+        found.append(local(Sampled(tol=tol), model, x, y, CategoricalKL()))
+        counts.append(len(products))
+        assert float(layer.backward_solution.residual.max()) < 1e-9
+        u = found[-1].solve([1e-2] * len(Controls(model).parameters)).u
+        scores.append(quality(whole, u, 1e-2))
+    assert torch.equal(found[0].gradient, found[1].gradient)
+    error = relative(found[1].rows.dense(), found[0].rows.dense())
+    assert 1e-6 < error < 2e-2 and abs(scores[0] - scores[1]) < 5e-3
+    assert counts[1] < 0.8 * counts[0]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -458,6 +482,7 @@ def test_what_a_route_cannot_do_is_refused(route, divergence):
     [
         (lambda: Sampled(samples=0), "samples must be at least 1"),
         (lambda: Sampled(seed=-1), "seed must be at least 0"),
+        (lambda: Sampled(tol=0.0), "tol must be finite and above 0"),
         (lambda: Krylov(max_steps=0), "max_steps must be at least 1"),
         (lambda: Krylov(tol=-1.0), "tol must be"),
         (lambda: Kronecker(decay=1.0), r"decay must lie in \[0, 1\)"),

@@ -132,6 +132,29 @@ def test_products_and_rows_are_those_of_the_jacobian(name):
     )
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": 1, "padding": 2},
+        {"kernel_size": (2, 3), "padding": (0, 1), "dilation": (2, 1)},
+        {"kernel_size": (3, 2), "padding": (2, 0), "dilation": (1, 3)},
+        {"kernel_size": 3, "stride": (2, 1), "padding": 1},
+        {"kernel_size": (7, 8)},  # one position
+    ],
+)
+def test_rows_of_a_convolution_are_those_of_autograd(options, layout):
+    conv = nn.Conv2d(3, 4, **options).double()
+    x = randn(5, 3, 7, 8).to(memory_format=layout)
+    at = Sensitivity(nn.Sequential(conv, nn.Flatten()), Controls(conv), x)
+    c = randn(*at.outputs.shape, seed=1)
+    rows = Rows.of(at, [c]).dense()[:, 0]
+    for s in range(len(x)):
+        grads = torch.autograd.grad((conv(x[s : s + 1]).flatten(1) * c[s]).sum(), conv.parameters())
+        assert relative(rows[s], torch.cat([g.flatten() for g in grads])) < 1e-12
+
+
 def test_a_large_weight_is_kept_as_a_product():
     model, (x, _) = dense_model(), dense_batch()
     at = Sensitivity(model, Controls(model), x)
