@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.nn.utils import parametrize
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
@@ -104,6 +105,19 @@ def at_least(name: str, value: float, least: float, *, strict: bool = False) -> 
         bound = f"above {least:g}" if strict else f"at least {least:g}"
         raise ValueError(f"{name} must be finite and {bound}, got {value}.")
     return number
+
+
+def require_no_cache() -> None:
+    """Refuse torch's cache: it would keep weights made before the parameters moved.
+
+    Raises:
+        ValueError: Within `torch.nn.utils.parametrize.cached`.
+    """
+    if parametrize._cache_enabled:
+        raise ValueError(
+            "step must be called outside torch.nn.utils.parametrize.cached(), whose weights stay "
+            "as they were before the parameters changed, got a call inside."
+        )
 
 
 def transformed() -> bool:

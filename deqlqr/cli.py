@@ -98,6 +98,9 @@ def main() -> None:
               help="Of the route cyclic: exact, or by a Neumann series.")  # fmt: skip
 @click.option("--margin", type=float, help="Of the route cyclic: damping by layer, this times the "
               "layer's curvature and at least --damping.")  # fmt: skip
+@click.option("--feedback", is_flag=True, default=_DEFAULT.feedback,
+              help="Of the route dare: block and readout answer what the encoder's part of a step "
+              "has really done.")  # fmt: skip
 @click.option("--momentum", type=float, default=_DEFAULT.momentum, help="Of the natural gradient.")
 @click.option(
     "--adaptive",
@@ -279,6 +282,9 @@ def reproduce_command(
     without, in pairs of seeds on wine, iris and digits: losses, accuracies, variances, and learning
     rates above the best; the spectrum of the feedback on clusters. Up to a quarter of an hour each.
 
+    ddp-deq: implicit natural gradient with the feedback of DDP and without, in pairs of seeds:
+    single steps and trainings of a small DEQ, trainings on the digits. A quarter of an hour.
+
     spiral: points in the plane, classified by Runge-Kutta networks of 15 layers and by equilibria;
     predictions, transformed points, transitions. A quarter of an hour.
 
@@ -455,8 +461,8 @@ def _sizes(batch: tuple[int, ...], n: tuple[int, ...]) -> tuple[tuple[int, int],
     return tuple(zip(batch, n, strict=True)) or BATCHES + SINGLES
 
 
-_ONLY_INGD = ("damping", "minibatch", "route", "inverse", "margin", "momentum", "adaptive",
-              "acceleration", "trust_region", "check_every")  # fmt: skip
+_ONLY_INGD = ("damping", "minibatch", "route", "inverse", "margin", "feedback", "momentum",
+              "adaptive", "acceleration", "trust_region", "check_every")  # fmt: skip
 _LR = {"ingd": _DEFAULT.lr, "gd": 0.3, "sgd": 0.1, "adam": 0.01, "lbfgs": 1.0}
 _MODEL = {"mnist": "conv"}
 _LEAST_SQUARES = {"batch_size": 400, "epochs": 40, "schedule": "constant", "log_every": 1}

@@ -26,6 +26,7 @@ class Direction:
         iterations: See there.
         truncation: See there.
         layer_damping: See there.
+        K: Gain of u = -K x, (m, n), of the route that has one for the whole batch.
     """
 
     u: Tensor | None
@@ -39,6 +40,7 @@ class Direction:
     iterations: int | None = None
     truncation: float | None = None
     layer_damping: tuple[float, ...] | None = None
+    K: Tensor | None = None
 
 
 class Local(Protocol):

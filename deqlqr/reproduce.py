@@ -2,7 +2,8 @@
 
 The experiments: `deqlqr.reproduce_cosine` (figure 3.1), `deqlqr.reproduce_routes` (4.1),
 `deqlqr.reproduce_damping` (5.1), `deqlqr.reproduce_msa` (extended MSA), `deqlqr.reproduce_ddp` and
-`deqlqr.reproduce_ddp_spectrum` (DDP), `deqlqr.reproduce_points` (the slides).
+`deqlqr.reproduce_ddp_spectrum` (DDP), `deqlqr.reproduce_ddp_deq` (DDP on a DEQ),
+`deqlqr.reproduce_points` (the slides).
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from deqlqr.reproduce_ddp import (
     reproduce_ddp_table3,
     reproduce_ddp_table4,
 )
+from deqlqr.reproduce_ddp_deq import reproduce_ddp_deq
 from deqlqr.reproduce_ddp_spectrum import reproduce_ddp_fig3
 from deqlqr.reproduce_msa import reproduce_emsa_fig1, reproduce_emsa_fig2
 from deqlqr.reproduce_points import reproduce_fields, reproduce_spiral
@@ -55,6 +57,7 @@ FIGURES = {
     "ddp-table4": Experiment(reproduce_ddp_table4, 200, FULL_STEPS, mnist=False),
     "ddp-fig3": Experiment(reproduce_ddp_fig3, 100, 500, mnist=False),
     "ddp-fig5": Experiment(reproduce_ddp_fig5, 200, FULL_STEPS, mnist=False),
+    "ddp-deq": Experiment(reproduce_ddp_deq, 30, None, mnist=False),
     "spiral": Experiment(reproduce_spiral, 120, None, mnist=False),
     "fields": Experiment(reproduce_fields, 60, None, mnist=False),
 }

@@ -51,11 +51,16 @@ class RiccatiProblem:
         lam = self._resolvent.solve(self.lqr.a[..., None], adjoint=True)
         return _mean((self.lqr.B.mT @ lam)[..., 0] + self.lqr.b)
 
+    def foreseen(self, d: Tensor) -> Tensor:
+        """Return S d (*batch, n), the change of z* that a change d (m,) makes to first order."""
+        wide = d.to(self.lqr.A.dtype).expand(*self.lqr.b.shape)[..., None]
+        return self._resolvent.solve(self.lqr.B @ wide)[..., 0]
+
     def metric(self, d: Tensor) -> float:
         """Return d'C d for a change d (m,)."""
-        lqr, d = self.lqr, d.to(self.lqr.A.dtype)
-        wide = d.expand(*lqr.b.shape)[..., None]
-        x = self._resolvent.solve(lqr.B @ wide)
+        lqr = self.lqr
+        wide = d.to(lqr.A.dtype).expand(*lqr.b.shape)[..., None]
+        x = self.foreseen(d)[..., None]
         Cd = wide.mT @ (lqr.R @ wide + 2 * (lqr.M @ x)) + x.mT @ (lqr.Q @ x)
         return float(Cd.mean())
 
@@ -82,6 +87,7 @@ class RiccatiProblem:
         return Direction(
             _mean(state.u), float(state.residual.max()), float(slope.mean()),
             float(curvature.mean()), reason, *facts,
+            K=dare.K if lqr.b.dim() == 1 else None,
         )  # fmt: skip
 
 

@@ -53,13 +53,14 @@ class TrainConfig:
         optimizer: `"ingd"` (implicit natural gradient), `"gd"` (plain gradient descent), `"sgd"`
             (momentum 0.9), `"adam"` or `"lbfgs"` (20 iterations a step, strong Wolfe line search).
         lr: Step length.
-        damping: delta of R_bar = R + delta I; used by `"ingd"` like the next nine.
+        damping: delta of R_bar = R + delta I; used by `"ingd"` like the next ten.
         minibatch: `"exact"` or `"per-sample"`, of the routes `"dare"`, `"cyclic"` and `"riccati"`.
         route: How the step is computed, one of `ROUTES`.
         inverse: Of the routes `"cyclic"` and `"riccati"`: `"exact"` or `"neumann"`.
         margin: Of the same: damping by layer with this margin (`LayerDamping`); `None` takes it
             with the usual margin for `"neumann"`, else the one damping.
-        momentum: See `ImplicitNGD`, like the next four.
+        feedback: Of the route `"dare"`, see `ImplicitNGD`.
+        momentum: See there, like the next four.
         adaptive: See there. A step may not raise the loss then.
         acceleration: See there.
         trust_region: See there.
@@ -94,6 +95,7 @@ class TrainConfig:
     route: str = "dare"
     inverse: str = "exact"
     margin: float | None = None
+    feedback: bool = False
     momentum: float = 0.0
     adaptive: bool = False
     acceleration: bool = False
@@ -157,6 +159,11 @@ class TrainConfig:
             raise ValueError(
                 f"inverse and margin are options of routes 'cyclic' and 'riccati', not "
                 f"{self.route!r}."
+            )
+        if self.feedback and (self.route, self.minibatch) != ("dare", "exact"):
+            raise ValueError(
+                "feedback is an option of route 'dare' with minibatch 'exact', not of "
+                f"{self.route!r} with {self.minibatch!r}."
             )
         if self.trust_region is not None:
             at_least("trust_region", self.trust_region, 0.0, strict=True)
@@ -232,6 +239,7 @@ def _inner(
             penalty=config.penalty,
             adaptive=config.adaptive,
             acceleration=config.acceleration,
+            feedback=config.feedback,
             trust_region=config.trust_region,
             check_every=config.check_every,
             max_increase=0.0 if config.adaptive else 0.1,
@@ -480,6 +488,8 @@ class Trainer:
             for key in ("evaluations", "residual", "closed_loop_radius", "damping"):
                 line[key] = getattr(report, key)
             line["rejections"] = len(report.rejections)
+            if report.feedback is not None:
+                line["feedback"] = report.feedback
             if report.layer_damping is not None:
                 known = [None if isnan(delta) else delta for delta in report.layer_damping]
                 line |= {"layer_damping": known, "truncation": report.truncation}

@@ -17,6 +17,7 @@ from deqlqr import (
     Output,
     Sampled,
 )
+from deqlqr.adaptation import LEAST, MOST, next_factor, raised
 from deqlqr.output_space import OutputSpace
 
 from .problems import dense_batch, dense_model, exact, randn, relative
@@ -251,3 +252,18 @@ def test_layers_that_meet_are_one_under_autocast_too():
             optimizer.step(x, y)
         keys.add(tuple(optimizer.state[optimizer.controls.parameters[0]]["layers"]))
     assert len(keys) == 1 and len(next(iter(keys))) == 3
+
+
+def test_the_factor_on_the_damping_keeps_within_its_limits_and_finds_back():
+    factor = 1.0
+    for _ in range(20):
+        factor = raised(factor, 10.0)
+    assert factor == MOST and next_factor(factor, rejected=True, increase=10.0) == MOST
+    for _ in range(24):
+        factor = next_factor(factor, rejected=False, increase=10.0)
+    assert factor == pytest.approx(1.0)
+    good = {"rejected": False, "increase": 10.0, "adaptive": True}
+    assert next_factor(1.0, ratio=0.9, **good) == pytest.approx(1 / 3)
+    assert next_factor(1.0, ratio=0.5, **good) == 1.0 == next_factor(1.0, ratio=None, **good)
+    assert next_factor(1.0, ratio=0.1, **good) == 3.0
+    assert next_factor(LEAST, ratio=0.9, **good) == LEAST
