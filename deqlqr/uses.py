@@ -14,6 +14,7 @@ Source of (U1): I. Goodfellow (2015), Efficient per-example gradient computation
 G. Rochette, A. Manoel, E. Tramel (2019), arXiv:1912.06015 (convolutions).
 """
 
+import math
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+_CACHED = 2**17  # numbers
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,16 @@ class Conv2d(Factored):
         width, reach = a.shape[3], right * (wide - 1)
         a = F.pad(a.flatten(2), (0, reach)).contiguous()
         g = F.pad(g, (0, reach)).flatten(2)
-        size = *a.shape[:2], high, wide, g.shape[2]
-        seen = a.as_strided(size, (a.stride(0), a.stride(1), down * width, right, 1))
-        outer = g @ seen.reshape(len(a), -1, g.shape[2]).mT
+        size = a.shape[1], high, wide, g.shape[2]
+        strides = a.stride(0), a.stride(1), down * width, right, 1
+        outer = g.new_empty(*g.shape[:2], a.shape[1] * high * wide)
+        # Some samples at a time, for what is copied stays in a CPU's cache then.
+        step = len(a) if a.is_cuda else max(1, _CACHED // math.prod(size))
+        room = a.new_empty(min(step, len(a)), *size)
+        for start in range(0, len(a), step):
+            part = slice(start, start + step)
+            seen = room[: len(a[part])].copy_(a[part].as_strided((len(a[part]), *size), strides))
+            torch.bmm(g[part], seen.flatten(1, 3).mT, out=outer[part])
         return outer.reshape(len(a), *self.operand.shape)
 
 
