@@ -242,7 +242,8 @@ def check(
 @main.command("reproduce", context_settings={"show_default": True})
 @click.argument("figure", type=click.Choice(list(FIGURES)))
 @click.option("--data-root", type=_PATH, help="Folder that holds MNIST/raw, for the figures "
-              "of the thesis, and emsa-fig2.")  # fmt: skip
+              "of the thesis, emsa-fig2, and the rows of MNIST in ddp-table3 and "
+              "ddp-table4.")  # fmt: skip
 @click.option("--out", type=_PATH, show_default="runs/FIGURE", help="Folder for its results.")
 @click.option(
     "--steps", type=int, show_default=", ".join(f"{f.steps} for {n}" for n, f in FIGURES.items()),
@@ -279,8 +280,9 @@ def reproduce_command(
     parameters, and on MNIST with a residual network. A quarter of an hour each.
 
     ddp-table3, ddp-table4, ddp-fig3, ddp-fig5: SGD, RMSprop and EKFAC with the feedback of DDP and
-    without, in pairs of seeds on wine, iris and digits: losses, accuracies, variances, and learning
-    rates above the best; the spectrum of the feedback on clusters. Up to a quarter of an hour each.
+    without, in pairs of seeds on wine, iris, digits and, with --data-root, MNIST, beside KFAC:
+    losses, accuracies, variances, and learning rates above the best; the spectrum of the feedback
+    on clusters. Up to a quarter of an hour each, with --full hours.
 
     ddp-deq: implicit natural gradient with the feedback of DDP and without, in pairs of seeds:
     single steps and trainings of a small DEQ, trainings on the digits. A quarter of an hour.

@@ -6,7 +6,8 @@ without feedback, on a seed of its own, as DDP adds a policy to a base that work
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from math import isfinite, sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,24 +20,37 @@ from tqdm import tqdm
 
 from deqlqr.data import Data, load_data
 from deqlqr.ddp import DDP
+from deqlqr.ddp_base import EKFAC
+from deqlqr.optim import ImplicitNGD
 from deqlqr.solution import ConvergenceError
 
 BASES = ("sgd", "rmsprop", "ekfac")
-SETS = ("wine", "iris", "digits")
-WIDTHS = {"wine": 10, "iris": 10, "digits": 20}
-BATCHES = {"wine": 32, "iris": 32, "digits": 8}
-LRS = {
-    "sgd": (0.1, 0.4, 1.6, 6.4),
-    "rmsprop": (0.001, 0.003, 0.01, 0.03),
-    "ekfac": (0.03, 0.1, 0.3, 1.0),
+SETS = ("wine", "iris", "digits", "mnist")
+WIDTHS = {"wine": 10, "iris": 10, "digits": 20, "mnist": 32}
+BATCHES = {"wine": 32, "iris": 32, "digits": 8, "mnist": 16}
+# Learning rates and dampings that a search begins with, and all that it may go to.
+LRS: dict[str, tuple[float, ...]] = {
+    "sgd": (0.1, 0.3, 1.0),
+    "rmsprop": (0.003, 0.01, 0.03),
+    "kfac": (0.003, 0.01, 0.03),
+    "ekfac": (0.003, 0.01, 0.03),
+    "full": (0.1, 0.3, 1.0),
 }
+DAMPINGS: dict[str, tuple[float, ...]] = {
+    "kfac": (0.003, 0.01, 0.03),
+    "ekfac": (0.003, 0.01, 0.03),
+    "full": (0.3, 1.0, 3.0),
+}
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-5, 3) for digit in (1, 3))
+BEYOND = 2  # learning rates above those searched, where failures are counted
 # The base step of SGD and RMSprop has none: there it is of the feedback only.
-DAMPINGS = {"sgd": (0.0, 1.0), "rmsprop": (0.0, 1.0), "ekfac": (0.03, 0.3)}
+OF_FEEDBACK = (0.0, 1.0)
 DEPTH = 5
 GRID_SEED = 100  # not one of those compared
 LOOKS = 20  # at all samples, in a training
 CONFIDENCE = 0.95
 _TAIL = 3  # looks over which a run is judged
+_NO_LIMIT = 1e300  # of the rise of the loss, as in DDP
 
 Row = dict[str, Any]
 
@@ -47,7 +61,7 @@ class Run:
 
     Attributes:
         data: Name of the data set.
-        base: The base optimiser.
+        base: The base optimiser of `DDP`, or `"kfac"`, which takes no feedback.
         feedback: Whether K is applied.
         lr: Learning rate.
         damping: Of Q_uu.
@@ -74,35 +88,43 @@ class Run:
 
 
 def dense_network(
-    inputs: int, width: int, depth: int, outputs: int, seed: int, *, squashed: bool = False
+    inputs: int,
+    width: int,
+    depth: int,
+    outputs: int,
+    seed: int,
+    *,
+    activation: type[nn.Module] = nn.Tanh,
+    squashed: bool = False,
 ) -> nn.Sequential:
-    """Return linear layers with tanh between them, and a sigmoid at the end if `squashed`."""
+    """Return linear layers, an activation between them, and a sigmoid at the end if `squashed`."""
     sizes = [inputs, *[width] * (depth - 1), outputs]
     layers: list[nn.Module] = [nn.Flatten()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for before, after in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(before, after), nn.Tanh()]
+            layers += [nn.Linear(before, after), activation()]
     return nn.Sequential(*layers[:-1], *([nn.Sigmoid()] if squashed else []))
 
 
-def train(run: Run) -> Row:
-    """Train the paper's network (appendix D: a sigmoid at the end for wine).
+def train(run: Run, data_root: Path | None = None) -> Row:
+    """Train the paper's network (appendix D: a sigmoid at the end for wine, ReLU for MNIST).
+
+    Args:
+        run: The training.
+        data_root: For MNIST, as for `load_data`.
 
     Returns:
         The run's options, the steps `at` which all samples were looked at, training `loss` and test
         `accuracy` there, how many steps were `rejected`, `rolled back` and `given up`, and why it
         ended early, or `None`, as `failure`.
     """
-    data = load_data(run.data)
+    data = _loaded(run.data, data_root)
     model = dense_network(
         data.train_x[0].numel(), WIDTHS[run.data], DEPTH, data.outputs, run.seed,
-        squashed=run.data == "wine",
+        activation=nn.ReLU if run.data == "mnist" else nn.Tanh, squashed=run.data == "wine",
     )  # fmt: skip
-    optimizer: Any = DDP(
-        model, base=run.base, feedback=run.feedback, lr=run.lr,
-        damping=run.damping, seed=run.seed,
-    )  # fmt: skip
+    optimizer = _optimizer(run, model)
     generator = torch.Generator().manual_seed(run.seed)
     failure = None
     looks: dict[str, list[Any]] = {"at": [0]}
@@ -122,6 +144,21 @@ def train(run: Run) -> Row:
     return {**asdict(run), **looks, **counts, "failure": failure}
 
 
+@lru_cache
+def _loaded(name: str, data_root: Path | None) -> Data:
+    """Return a data set; of MNIST half the training samples, as in the paper."""
+    data = load_data(name, data_root)
+    return data.first(len(data.train_x) // 2) if name == "mnist" else data
+
+
+def _optimizer(run: Run, model: nn.Module) -> Any:
+    options: dict[str, Any] = {"lr": run.lr, "damping": run.damping}
+    if run.base != "kfac":
+        return DDP(model, base=run.base, feedback=run.feedback, seed=run.seed, **options)
+    route = replace(EKFAC().route(), corrected=False)  # all else as the base `"ekfac"` has it
+    return ImplicitNGD(model, route=route, max_increase=_NO_LIMIT, **options)
+
+
 @torch.no_grad()
 def _measured(model: nn.Module, data: Data) -> dict[str, float | None]:
     """Return loss of all training samples, `None` if not finite, and accuracy of the test's."""
@@ -130,47 +167,122 @@ def _measured(model: nn.Module, data: Data) -> dict[str, float | None]:
     return {"loss": loss if isfinite(loss) else None, "accuracy": float(right.double().mean())}
 
 
-def trained(runs: Sequence[Run], out: Path, label: str) -> list[Row]:
-    """Return what `train` says of each run; those with a file in the folder are not repeated."""
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for run in tqdm(runs, desc=label, disable=None):
-        path = out / f"{run.name}.json"
-        if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(train(run)) + "\n")
-            temporary.replace(path)
-        rows.append(json.loads(path.read_text()))
-    return rows
-
-
 def judged(row: Row) -> float:
     """Return the mean training loss of a run's last looks, infinite if it failed."""
     last = row["loss"][-_TAIL:]
     return float("inf") if row["failure"] or None in last else mean(last)
 
 
-def best_options(data: str, base: str, steps: int, out: Path) -> tuple[float, float]:
-    """Return learning rate and damping of a grid with which the base itself ends lowest.
+@dataclass(frozen=True)
+class Choice:
+    """The options with which a base itself ends lowest, and those it was compared with.
 
-    The damping of a base without one is the first.
+    Attributes:
+        lr: Learning rate.
+        damping: Of Q_uu.
+        lrs: All learning rates, ascending.
+        dampings: All dampings, ascending.
     """
-    dampings = DAMPINGS[base] if base == "ekfac" else DAMPINGS[base][:1]
-    runs = [
-        Run(data, base, False, lr, damping, GRID_SEED, steps)
-        for lr in LRS[base] for damping in dampings
-    ]  # fmt: skip
-    best = min(trained(runs, out, f"{data}, {base}, learning rates"), key=judged)
-    return best["lr"], best["damping"]
+
+    lr: float
+    damping: float
+    lrs: tuple[float, ...]
+    dampings: tuple[float, ...]
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether the best may lie beyond what was compared."""
+        searched = len(self.dampings) > 1 and self.damping in (self.dampings[0], self.dampings[-1])
+        return searched or self.lr in (self.lrs[0], self.lrs[-1])
 
 
-def feedback_grid(data: str, base: str, steps: int, out: Path) -> list[Row]:
-    """Return the runs with feedback over all learning rates and dampings."""
-    runs = [
-        Run(data, base, True, lr, damping, GRID_SEED, steps)
-        for lr in LRS[base] for damping in DAMPINGS[base]
-    ]  # fmt: skip
-    return trained(runs, out, f"{data}, {base}, grid with feedback")
+@dataclass(frozen=True)
+class Study:
+    """Trainings of as many steps, each kept in a file; one that has its file is not repeated.
+
+    Attributes:
+        out: Folder of the files.
+        steps: Of a training.
+        data_root: For MNIST, as for `load_data`.
+    """
+
+    out: Path
+    steps: int
+    data_root: Path | None = None
+
+    def trained(self, runs: Sequence[Run], label: str) -> list[Row]:
+        """Return what `train` says of each run."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for run in tqdm(runs, desc=label, disable=None):
+            path = self.out / f"{run.name}.json"
+            if not path.exists():
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(train(run, self.data_root)) + "\n")
+                temporary.replace(path)
+            rows.append(json.loads(path.read_text()))
+        return rows
+
+    def best(self, data: str, base: str) -> Choice:
+        """Return the options of a grid with which the base itself ends lowest.
+
+        The grid grows along the ladder until its best lies within. The damping of a base without
+        one is 0.
+        """
+        lrs, dampings = LRS[base], DAMPINGS.get(base, (0.0,))
+        while True:
+            rows = self._grid(data, base, False, lrs, dampings)
+            found = min(rows, key=judged)
+            wider = _widened(lrs, found["lr"]), _widened(dampings, found["damping"])
+            if wider == (lrs, dampings):
+                return Choice(found["lr"], found["damping"], lrs, dampings)
+            lrs, dampings = wider
+
+    def feedback_grid(
+        self, data: str, base: str, lrs: Sequence[float], dampings: Sequence[float]
+    ) -> list[Row]:
+        """Return the runs with feedback over learning rates, and some above them, and dampings.
+
+        A base without damping takes those of `OF_FEEDBACK`.
+        """
+        above = [lr for lr in LADDER if lr > max(lrs)][:BEYOND]
+        dampings = dampings if base in DAMPINGS else OF_FEEDBACK
+        return self._grid(data, base, True, (*lrs, *above), dampings)
+
+    def _grid(
+        self, data: str, base: str, on: bool, lrs: Sequence[float], dampings: Sequence[float]
+    ) -> list[Row]:
+        runs = [
+            Run(data, base, on, lr, damping, GRID_SEED, self.steps)
+            for lr in lrs for damping in dampings
+        ]  # fmt: skip
+        return self.trained(runs, f"{data}, {base}, grid{' with feedback' if on else ''}")
+
+    def seeds(
+        self, data: str, base: str, on: bool, lr: float, damping: float, seeds: int
+    ) -> list[Row]:
+        """Return the runs of each seed."""
+        runs = [Run(data, base, on, lr, damping, seed, self.steps) for seed in range(seeds)]
+        way = "feedback" if on else "plain"
+        return self.trained(runs, f"{data}, {base}, {way}, lr {lr:g}")
+
+    def pairs(
+        self, data: str, base: str, lr: float, damping: float, seeds: int
+    ) -> dict[str, list[Row]]:
+        """Return the runs of each seed, `plain` and with `feedback`."""
+        run = lambda on: self.seeds(data, base, on, lr, damping, seeds)
+        return {"plain": run(False), "feedback": run(True)}
+
+
+def _widened(values: tuple[float, ...], best: float) -> tuple[float, ...]:
+    """Return ascending values, with the ladder's next where the best lies at an end of several."""
+    if len(values) == 1:
+        return values
+    if best == values[0]:
+        return (*[v for v in LADDER if v < best][-1:], *values)
+    if best == values[-1]:
+        return (*values, *[v for v in LADDER if v > best][:1])
+    return values
 
 
 def failures(rows: Sequence[Row]) -> Row:
@@ -183,19 +295,6 @@ def failures(rows: Sequence[Row]) -> Row:
         "steps rejected": sum(row["rejected"] for row in rows),
         "steps given up": sum(row["given up"] for row in rows),
     }
-
-
-def pairs(
-    data: str, base: str, lr: float, damping: float, seeds: int, steps: int, out: Path
-) -> dict[str, list[Row]]:
-    """Return the runs of each seed, `plain` and with `feedback`."""
-    return {
-        way: trained(
-            [Run(data, base, way == "feedback", lr, damping, s, steps) for s in range(seeds)],
-            out, f"{data}, {base}, {way}, lr {lr:g}",
-        )
-        for way in ("plain", "feedback")
-    }  # fmt: skip
 
 
 def paired_difference(plain: Sequence[float], feedback: Sequence[float]) -> tuple[float, float]:

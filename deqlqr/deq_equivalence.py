@@ -16,7 +16,6 @@ from deqlqr.equivalence_rows import EquivalenceRow, Skipped, Vector, compared, r
 from deqlqr.fixed_point import fixed_point
 from deqlqr.horizons import free_rows, tied_row
 from deqlqr.linearize_samples import linearize_samples
-from deqlqr.loss import Loss
 from deqlqr.lqr import LQR
 from deqlqr.phases import has_phases
 from deqlqr.riccati import solve_dare
@@ -35,27 +34,14 @@ class EquilibriumCase(Case):
         ConvergenceError: If a sample has no fixed point.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        loss: Loss,
-        damping: float,
-        limit: int,
-        max_states: int,
-    ) -> None:
-        super().__init__(model, x, y, loss, damping, limit)
+    def prepare(self) -> None:
+        """Find the fixed points."""
         self.layer: DEQ = find_deq(self.model)
         self.layer.solver = Anderson(tol=1e-13, max_steps=5000)
         self.layer.on_failure = "raise"
-        self.euclidean = linearize_samples(self.model, self.x, self.y, loss, Euclidean())
-        states = self.euclidean.A.shape[0] * self.euclidean.A.shape[1]
-        if states > max_states:
-            raise ValueError(
-                f"x: batch x state size must be at most max_states = {max_states}, got {states}; "
-                "check fewer samples."
-            )
+        self.euclidean = linearize_samples(self.model, self.x, self.y, self.loss, Euclidean())
+        batch, n = self.euclidean.A.shape[:2]
+        self.require_states(batch * n, "state size")
         self.rho = float(spectral_radius(self.euclidean.A, squarings=26).max())
 
     def rows(self, divergence: Divergence) -> list[EquivalenceRow]:

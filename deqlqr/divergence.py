@@ -70,7 +70,8 @@ class CategoricalKL(OutputDivergence):
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Return the gradient in y of -log p of a class drawn from the model, `(batch, k)`."""
         p = y.softmax(-1)
-        drawn = torch.multinomial(p, 1, generator=generator)
+        # Of a p that is not finite c is not either; multinomial would raise.
+        drawn = torch.multinomial(p.where(p.isfinite(), 1.0), 1, generator=generator)
         return p.scatter_add(-1, drawn, torch.full_like(p[..., :1], -1.0))
 
 

@@ -32,17 +32,46 @@ class Case:
         loss: The loss.
         damping: delta.
         limit: Most controls for what forms an m x m matrix.
+        max_states: Most states of the batch.
         controls: The copy's parameters.
     """
 
     def __init__(
-        self, model: nn.Module, x: Tensor, y: Tensor, loss: Loss, damping: float, limit: int
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        loss: Loss,
+        damping: float,
+        limit: int,
+        max_states: int,
     ) -> None:
         self.model = deepcopy(model).double()
         self.x = x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
         self.y = y.double() if isinstance(y, Tensor) and y.is_floating_point() else y
         self.loss, self.damping, self.limit = loss, damping, limit
-        self.controls = Controls(self.model)
+        self.max_states, self.controls = max_states, Controls(self.model)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Look at the copy on its batch.
+
+        Raises:
+            ValueError: If there are more than `max_states` states.
+        """
+        raise NotImplementedError
+
+    def require_states(self, states: int, what: str) -> None:
+        """Refuse more than `max_states` states; `what` says which are counted.
+
+        Raises:
+            ValueError: If there are more.
+        """
+        if states > self.max_states:
+            raise ValueError(
+                f"x: batch x {what} must be at most max_states = {self.max_states}, got {states}; "
+                "check fewer samples."
+            )
 
     def rows(self, divergence: Divergence) -> list[EquivalenceRow]:
         """Return all rows.
@@ -76,7 +105,7 @@ class Case:
         krylov = lambda: self.step_by(_TIGHT, divergence)
         kron = self._local(Kronecker(), divergence)
         assert isinstance(kron, KroneckerMetric)  # noqa: S101
-        sampled = lambda: self.step_by(Sampled(), divergence)
+        sampled = lambda: self.step_by(Sampled(tol=None), divergence)
         same = lambda: self.explicit_step(divergence, sampled=True)
         solved = lambda: self._solved(kron)
         explicit = lambda: self._damped(dense_metric(kron.factors))
@@ -109,7 +138,7 @@ class Case:
     def explicit_step(self, divergence: OutputDivergence, *, sampled: bool = False) -> Tensor:
         """Return the step with the metric J'Lambda J / batch, J = dy/du by autograd.
 
-        Lambda is c c' if sampled, c the random cotangents of the route `Sampled()`.
+        Lambda is c c' if sampled, c the random cotangents of the route `Sampled(tol=None)`.
         """
         self.require_few()
         y = self.model(self.x)

@@ -241,7 +241,13 @@ class _Reduced:
 
 
 class _ByStates:
-    """The same by (L6): what is inverted is n x n."""
+    """The same by (L6): what is inverted is n x n.
+
+    Attributes:
+        P: As above, like lam.
+        lam: See there.
+        doubtful: Where `indefinite` has to be asked, boolean `(*batch,)`.
+    """
 
     def __init__(self, stage: Stage, reduced: _Reduced, P_next: Tensor, lam_next: Tensor) -> None:
         self._stage, self._reduced = stage, reduced
@@ -251,7 +257,16 @@ class _ByStates:
         self.P = sym(reduced.H + reduced.F.mT @ (P_next @ self._A_cl))
         costate = lam_next + P_next @ reduced.c
         self.lam = reduced.a + self._A_cl.mT @ costate
-        self.indefinite = _indefinite(P_next, reduced.G) & is_finite(P_next)
+        _, info = torch.linalg.cholesky_ex(_raised(P_next))
+        # P+ is positive semidefinite, as it is but for a bad Hessian, where this is False.
+        self.doubtful = (info != 0) & is_finite(P_next)
+
+    def indefinite(self) -> Tensor:
+        """Return where R + B'P+B, with R > 0 and G = B R^-1 B', is not positive definite."""
+        P, G = self._P_next, self._reduced.G
+        root, _ = torch.linalg.cholesky_ex(_raised(G))
+        _, info = torch.linalg.cholesky_ex(identity_like(P) + root.mT @ P @ root)
+        return self.doubtful & (info != 0)
 
     @property
     def feedforward(self) -> Tensor:
@@ -277,14 +292,15 @@ class _ByStates:
 _Step = _ByControls | _ByStates
 
 
-def _indefinite(P: Tensor, G: Tensor) -> Tensor:
-    """Return where R + B'PB is not positive definite, for R > 0 and G = B R^-1 B'."""
-    _, info = torch.linalg.cholesky_ex(_raised(P))
-    if not bool((info != 0).any()):
-        return info != 0  # P is positive semidefinite, as it is but for a bad Hessian
-    root, _ = torch.linalg.cholesky_ex(_raised(G))
-    _, info = torch.linalg.cholesky_ex(identity_like(P) + root.mT @ P @ root)
-    return info != 0
+def _indefinite(steps: Sequence[_Step]) -> Tensor:
+    """Return where R + B'P+B of a stage is not positive definite, `(*batch,)`."""
+    found = [step.indefinite for step in steps if isinstance(step, _ByControls)]
+    by_states = [step for step in steps if isinstance(step, _ByStates)]
+    doubtful = [step.doubtful for step in by_states]
+    # The device is looked at once, after all stages.
+    if doubtful and bool(torch.stack(doubtful).any()):
+        doubtful = [step.indefinite() for step in by_states]
+    return torch.stack([*found, *doubtful]).any(0)
 
 
 def _raised(X: Tensor) -> Tensor:
@@ -305,7 +321,7 @@ def _result(
         given += [stage.A, stage.B, stage.Q, *parts, stage.M, stage.a, stage.b, stage.c]
     finite = lambda Xs: torch.stack([is_finite(X) for X in Xs]).all(0)
     well_given, found = finite(given), finite([*u, *(step.P for step in steps)])
-    indefinite = torch.stack([step.indefinite for step in steps]).any(0)
+    indefinite = _indefinite(steps)
     result = torch.where(found, int(FiniteResult.SOLVED), int(FiniteResult.NON_FINITE))
     result = torch.where(indefinite, int(FiniteResult.INDEFINITE), result)
     return torch.where(well_given, result, int(FiniteResult.NON_FINITE))

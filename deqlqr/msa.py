@@ -26,10 +26,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from deqlqr._checks import at_least, choice, count
+from deqlqr._checks import at_least, choice, count, require_no_cache
 from deqlqr._linalg import all_finite
+from deqlqr.adaptation import LEAST, raised
 from deqlqr.batch import Batch
 from deqlqr.controls import Controls
 from deqlqr.loss import LossLike, make_loss
@@ -38,7 +38,6 @@ from deqlqr.trajectory import Chain, Point, Trajectory
 
 Maximise = Literal["lbfgs", "gradient"]
 
-_LEAST, _MOST = 1e-12, 1e12  # limits of the factor on rho
 _EVALUATIONS = 25  # most of an iteration of L-BFGS
 _WALL = 1e3  # stands for a loss of H~ that is not finite: a line search turns back there
 
@@ -212,11 +211,7 @@ class MSA(torch.optim.Optimizer):
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             got = type(x).__name__, type(y).__name__
             raise ValueError(f"step takes a batch of tensors (x, y), got {got}.")
-        if parametrize._cache_enabled:
-            raise ValueError(
-                "step must be called outside torch.nn.utils.parametrize.cached(), whose weights "
-                "do not follow the parameters, got a call inside."
-            )
+        require_no_cache()
         at = self._chain(x).trajectory(x, y, self.loss)
         if not bool(at.loss.isfinite()):
             raise ConvergenceError(f"the loss is {float(at.loss)}.")
@@ -239,11 +234,11 @@ class MSA(torch.optim.Optimizer):
                 break
             batch.controls.assign(before)
             rejections += 1
-            factor = min(factor * self.increase, _MOST)
+            factor = raised(factor, self.increase)
             if rejections > self.max_rejections:
                 break
         if self.adaptive and not rejections:
-            factor = max(factor / self.increase**0.25, _LEAST)
+            factor = max(factor / self.increase**0.25, LEAST)
         self.param_groups[0]["rho_factor"] = factor
         self._report(at, (cost, after), accepted, rho, rejections, found)
         return at.loss

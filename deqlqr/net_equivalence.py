@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deqlqr.batch import Batch
 from deqlqr.cyclic_route import linearize_cyclic
@@ -17,7 +17,6 @@ from deqlqr.divergence import Divergence, Euclidean, Newton, OutputDivergence
 from deqlqr.equivalence_case import GRADIENT_TOLERANCE, NO_LIMIT, STEP_TOLERANCE, Case
 from deqlqr.equivalence_rows import EquivalenceRow, Skipped, compared
 from deqlqr.layer_inverse import NeumannInverse
-from deqlqr.loss import Loss
 from deqlqr.net_layers import NetLayers
 from deqlqr.phases import has_phases
 from deqlqr.routes import Riccati
@@ -37,27 +36,13 @@ class NetCase(Case):
         ValueError: If there are more than `max_states` states between two layers of the batch.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        loss: Loss,
-        damping: float,
-        limit: int,
-        max_states: int,
-    ) -> None:
-        super().__init__(model, x, y, loss, damping, limit)
-        loss.check(self.model(self.x), self.y)
+    def prepare(self) -> None:
+        """Tell the layers apart, where the model has phases."""
+        self.loss.check(self.model(self.x), self.y)
         self.sizes: list[int] = []
         if has_phases(self.model):
             self.sizes = NetLayers(self.model, self.x).sizes
-            states = len(self.x) * max(self.sizes)
-            if states > max_states:
-                raise ValueError(
-                    "x: batch x states between two layers must be at most max_states = "
-                    f"{max_states}, got {states}; check fewer samples."
-                )
+            self.require_states(len(self.x) * max(self.sizes), "states between two layers")
 
     def rows(self, divergence: Divergence) -> list[EquivalenceRow]:
         """Return the rows of gradient, damped step and Newton step."""

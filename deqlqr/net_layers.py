@@ -13,7 +13,7 @@ from deqlqr.batch import statistics_held
 from deqlqr.controls import Controls
 from deqlqr.layers import Layer, Layers, LocalPhase, listed_phases, walked
 from deqlqr.linearize_samples import check_input
-from deqlqr.phases import Phased, has_phases, phases_of
+from deqlqr.phases import Phase, has_phases, phases_of
 from deqlqr.substitution import called_with
 
 
@@ -46,8 +46,9 @@ class NetLayers(Layers):
         with torch.enable_grad(), statistics_held(model):
             y = model(x)
             self._chain = phases_of(model, x, (), {})
-            self._phases = _Phases(model, self._chain)
-            walk = walked(listed_phases(self._chain, name, (), {}), x, name, "the model's output")
+            phases = listed_phases(self._chain, name, (), {})
+            self._phases = [Phase(model, self._chain, k) for k in range(len(phases))]
+            walk = walked(phases, x, name, "the model's output")
             results = walk.flat_results
             self._require_same(y, walk.results[-1], self._connected(x))
         self.outputs = y.detach()
@@ -99,22 +100,10 @@ class NetLayers(Layers):
         def local(u: Tensor, s: Tensor, x: Tensor) -> Tensor:
             value = x[None] if k == 1 else before.unflatten(s[None])
             named = {f"model.{name}": value for name, value in part.unflatten(u).items()}
-            return after.flatten(called_with(self._phases, named, k - 1, value))[0]
+            return after.flatten(called_with(self._phases[k - 1], named, value))[0]
 
         return local
 
     def local_readout(self, parameters: Sequence[int]) -> LocalPhase:
         """Return (u, y, x) -> y for one sample."""
         return lambda u, y, x: y
-
-
-class _Phases(nn.Module):
-    """A model by its phases, so that `called_with` reaches its parameters."""
-
-    def __init__(self, model: nn.Module, chain: Phased) -> None:
-        super().__init__()
-        self.model, self._chain = model, chain
-
-    def forward(self, k: int, value: Any) -> Any:
-        """Return what phase k makes of a state."""
-        return self._chain.phases()[k](value)

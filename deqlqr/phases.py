@@ -165,7 +165,7 @@ class LayerPhases:
 def _grouped(block: nn.Sequential) -> list[list[nn.Module]]:
     """Return the layers by phases, each with trainable parameters (but where there are none)."""
     groups: list[list[nn.Module]] = [[]]
-    for layer in _unnested(block):
+    for layer in unnested(block):
         trains = lambda layers: any(p.requires_grad for m in layers for p in m.parameters())
         if trains([layer]) and trains(groups[-1]):
             groups.append([])
@@ -173,13 +173,31 @@ def _grouped(block: nn.Sequential) -> list[list[nn.Module]]:
     return groups
 
 
-def _unnested(block: nn.Sequential) -> Iterator[nn.Module]:
+def unnested(block: nn.Sequential) -> Iterator[nn.Module]:
     """Return the layers, those of a plain `nn.Sequential` within in its place."""
     for layer in block:
         if type(layer) is nn.Sequential:
-            yield from _unnested(layer)
+            yield from unnested(layer)
         else:
             yield layer
+
+
+class Phase(nn.Module):
+    """Phase k of a model, so that `Substitution` reaches the model's parameters.
+
+    Args:
+        model: The model; its parameters are named `model.`...
+        chain: What gives its phases.
+        k: Number of the phase, from 0.
+    """
+
+    def __init__(self, model: nn.Module, chain: Phased, k: int) -> None:
+        super().__init__()
+        self.model, self._chain, self._k = model, chain, k
+
+    def forward(self, state: Any) -> Any:
+        """Return what the phase makes of a state."""
+        return self._chain.phases()[self._k](state)
 
 
 def _through(layers: Sequence[nn.Module], value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Tables 3 and 4, figures 3 and 5 of the paper on differential dynamic programming, repeated.
+"""Tables 3 and 4 and figure 5 of the paper on differential dynamic programming, repeated.
 
 The loss is that of all training samples and the accuracy that of the test samples, after as many
-steps for each base with feedback and without, in pairs (`deqlqr.ddp_runs`).
+steps for each base with feedback and without, in pairs (`deqlqr.ddp_runs`); beside them KFAC.
 
 Source: G.-H. Liu, T. Chen, E. A. Theodorou (2020), Differential dynamic programming neural
 optimizer, arXiv:2002.08809, section 5 and appendix D.
@@ -20,25 +20,23 @@ from matplotlib.figure import Figure
 from deqlqr.ddp_runs import (
     BASES,
     GRID_SEED,
-    LRS,
     SETS,
+    Choice,
     Row,
-    best_options,
+    Study,
     failures,
-    feedback_grid,
     last,
     paired_difference,
-    pairs,
 )
 
 matplotlib.use("Agg")
 
 FULL_STEPS = 2000  # the paper names no number of steps
-SEEDS = {"wine": 10, "iris": 10, "digits": 3}
-FULL_SEEDS = 10
+SEEDS = {"wine": 10, "iris": 10, "digits": 10, "mnist": 3}
 PERTURBED_SEEDS = 5
 PERTURBED = (1.0, 2.0, 4.0)  # times the best learning rate
 PERTURBED_SETS = ("iris", "digits")
+GRID_SETS = ("wine", "iris", "digits")  # whose failures are counted over a whole grid
 RESAMPLES = 2000  # of the seeds, for the interval of a variance
 # The paper's training loss and test accuracy in percent, without feedback and with.
 TABLE_3 = {
@@ -51,6 +49,17 @@ TABLE_3 = {
     ("digits", "sgd"): ((0.0400, 95.28), (0.0364, 95.43)),
     ("digits", "rmsprop"): ((0.0562, 94.52), (0.0450, 94.71)),
     ("digits", "ekfac"): ((0.0864, 94.53), (0.0666, 95.36)),
+    ("mnist", "sgd"): ((0.2321, 92.60), (0.2242, 92.84)),
+    ("mnist", "rmsprop"): ((0.2742, 91.30), (0.2291, 92.42)),
+    ("mnist", "ekfac"): ((0.2392, 92.79), (0.2365, 92.67)),
+    # Without feedback only, and full DDP, whose stage-wise Newton step it has not.
+    ("wine", "kfac"): ((0.5601, 97.78), None),
+    ("iris", "kfac"): ((0.0588, 94.28), None),
+    ("digits", "kfac"): ((0.4474, 84.61), None),
+    ("mnist", "kfac"): ((0.2964, 92.02), None),
+    ("wine", "full"): (None, (0.5649, 98.00)),
+    ("iris", "full"): (None, (0.0552, 94.44)),
+    ("digits", "full"): (None, (0.2197, 91.94)),
 }
 # Its changes of the variance of loss and accuracy, in percent.
 TABLE_4 = {
@@ -63,37 +72,49 @@ TABLE_4 = {
     ("digits", "sgd"): (-1.514, -6.743),
     ("digits", "rmsprop"): (-3.165, -6.468),
     ("digits", "ekfac"): (-9.020, -39.971),
+    ("mnist", "sgd"): (0.331, -5.263),
+    ("mnist", "rmsprop"): (-1.352, -32.503),
+    ("mnist", "ekfac"): (-0.216, 6.344),
 }
 MEASURES = ("loss", "accuracy")
 
 
 def reproduce_ddp_table3(data_root: Path | None, out: Path, steps: int) -> str:
-    """Compare each base with feedback and without, on wine, iris and digits.
+    """Compare each base with feedback and without, and KFAC, on wine, iris, digits and MNIST.
+
+    From `FULL_STEPS` on with full DDP too, but for MNIST.
 
     Args:
-        data_root: Not used.
-        out: Folder of the runs, of `ddp-table3.png` and `ddp-table3.json`.
+        data_root: For MNIST, which is left out without it.
+        out: Folder of the runs, of `ddp-table3.md` and `ddp-table3.json`.
         steps: Of a training.
 
     Returns:
         The line that sums it up: what the paper reports, and what was measured.
     """
-    rows: list[dict[str, Any]] = []
-    for data, base, seeds in _cases(SETS, steps):
-        lr, damping = best_options(data, base, steps, out / "runs")
-        pair = pairs(data, base, lr, damping, seeds, steps, out / "runs")
-        grid = feedback_grid(data, base, steps, out / "runs")
-        rows.append({
-            "data": data, "base": base, "lr": lr, "lr_grid": LRS[base], "damping": damping,
-            "seeds": seeds, "steps": steps, **_compared(pair), "paper": TABLE_3[data, base],
-            "failures": failures([*pair["plain"], *pair["feedback"]]),
-            "grid": failures(grid),
-        })  # fmt: skip
+    study = Study(out / "runs", steps, data_root)
+    rows = []
+    for data in _sets(data_root):
+        whole = steps >= FULL_STEPS and data != "mnist"
+        for base in (*BASES, *(("full",) if whole else ())):
+            row, _ = _pair(study, data, base)
+            tried = row["lrs"], row["dampings"]
+            grid = study.feedback_grid(data, base, *tried) if data in GRID_SETS else []
+            rows.append(row | {"paper": TABLE_3[data, base], "grid": failures(grid)})
+        rows.append(_alone(study, data, "kfac") | {"paper": TABLE_3[data, "kfac"]})
+    (out / "ddp-table3.md").write_text(_table_3(rows))
+    return _written({"grid_seed": GRID_SEED, "rows": rows}, _told_3(rows), out / "ddp-table3.json")
+
+
+def _told_3(rows: Sequence[Row]) -> str:
+    """Return what table 3 comes to."""
+    pairs = [row for row in rows if "grid" in row]
     parts = []
-    for data in SETS:
-        own = [row for row in rows if row["data"] == data and row["accuracy"]]
-        best = max(own, key=lambda row: row["accuracy"]["feedback"], default=None)
-        paper = max(TABLE_3[data, base][1][1] for base in BASES)
+    for data in dict.fromkeys(row["data"] for row in rows):
+        own = [row for row in pairs if row["data"] == data]
+        paper = max(row["paper"][1][1] for row in own)
+        known = [row for row in own if row["accuracy"]]
+        best = max(known, key=lambda row: row["accuracy"]["feedback"], default=None)
         if best is None:
             parts.append(f"{data}: every pair failed (paper {paper:.1f}%)")
             continue
@@ -102,22 +123,22 @@ def reproduce_ddp_table3(data_root: Path | None, out: Path, steps: int) -> str:
             f"{data} {told['feedback']:.1%} ({best['base']}; paper {paper:.1f}%), "
             f"{told['difference']:+.1%} +- {told['interval']:.1%} against its base"
         )
-    totals = {n: sum(row["grid"][n] for row in rows) for n in rows[0]["grid"]}
+    totals = {n: sum(row["grid"][n] for row in pairs) for n in pairs[0]["grid"]}
     apart = [
-        f"{r['data']} {r['base']} {r['loss']['difference']:+.2g} +- {r['loss']['interval']:.1g}"
-        for r in rows if r["loss"] and abs(r["loss"]["difference"]) > r["loss"]["interval"]
+        f"{r['data']} {r['base']} {r['loss']['difference']:+.2g} +- {r['loss']['interval']:.2g}"
+        for r in pairs if r["loss"] and abs(r["loss"]["difference"]) > r["loss"]["interval"]
     ]  # fmt: skip
-    line = (
+    edges = [f"{row['data']} {row['base']}" for row in rows if row["at the edge"]]
+    return (
         "The paper reports results as good or better with feedback, and minor differences in "
         "training loss. Measured, test accuracy of the best base with feedback: "
         f"{'; '.join(parts)}. Training loss differs beyond its 95% interval in {len(apart)} of "
-        f"{len(rows)} pairs{': ' if apart else ''}{', '.join(apart)}. Of {totals['runs']} runs "
+        f"{len(pairs)} pairs{': ' if apart else ''}{', '.join(apart)}. Of {totals['runs']} runs "
         f"over learning rates and dampings {totals['errors']} ended in an error, "
         f"{totals['not finite']} with a loss that is not finite, {totals['above the start']} above "
-        "the loss they began with."
+        "the loss they began with. Best options at the edge of what was compared: "
+        f"{', '.join(edges) or 'none'}.{_left_out(rows)}"
     )
-    _plot_differences(rows, out / "ddp-table3.png")
-    return _written({"grid_seed": GRID_SEED, "rows": rows}, line, out / "ddp-table3.json")
 
 
 def reproduce_ddp_table4(data_root: Path | None, out: Path, steps: int) -> str:
@@ -127,20 +148,20 @@ def reproduce_ddp_table4(data_root: Path | None, out: Path, steps: int) -> str:
     from seeds drawn with replacement.
 
     Args:
-        data_root: Not used.
-        out: Folder of the runs, of `ddp-table4.png` and `ddp-table4.json`.
+        data_root: For MNIST, which is left out without it.
+        out: Folder of the runs, of `ddp-table4.md` and `ddp-table4.json`.
         steps: Of a training.
 
     Returns:
         The line that sums it up.
     """
-    rows: list[dict[str, Any]] = []
-    for data, base, seeds in _cases(SETS, steps):
-        lr, damping = best_options(data, base, steps, out / "runs")
-        pair = pairs(data, base, lr, damping, seeds, steps, out / "runs")
-        changes = {measure: variance_change(pair, measure) for measure in MEASURES}
-        rows.append({"data": data, "base": base, "lr": lr, "seeds": seeds, "steps": steps,
-                     **changes, "paper": TABLE_4[data, base]})  # fmt: skip
+    study = Study(out / "runs", steps, data_root)
+    rows = []
+    for data in _sets(data_root):
+        for base in BASES:
+            row, pair = _pair(study, data, base)
+            changes = {measure: variance_change(pair, measure) for measure in MEASURES}
+            rows.append(row | changes | {"paper": TABLE_4[data, base]})
     parts = []
     for measure in MEASURES:
         known = [row[measure] for row in rows if row[measure]]
@@ -153,9 +174,9 @@ def reproduce_ddp_table4(data_root: Path | None, out: Path, steps: int) -> str:
         )
     line = (
         "The paper reports changes of the variance over seeds by some percent, most of them "
-        f"reductions. Measured, the variance with feedback: {'; '.join(parts)}."
+        f"reductions. Measured, the variance with feedback: {'; '.join(parts)}.{_left_out(rows)}"
     )
-    _plot_variances(rows, out / "ddp-table4.png")
+    (out / "ddp-table4.md").write_text(_table_4(rows))
     return _written({"rows": rows}, line, out / "ddp-table4.json")
 
 
@@ -170,17 +191,15 @@ def reproduce_ddp_fig5(data_root: Path | None, out: Path, steps: int) -> str:
     Returns:
         The line that sums it up.
     """
-    rows: list[dict[str, Any]] = []
+    study = Study(out / "runs", steps)
+    seeds = None if steps >= FULL_STEPS else PERTURBED_SEEDS
+    rows: list[Row] = []
     curves: dict[tuple[str, str, float], dict[str, list[Row]]] = {}
-    for data, base, most in _cases(PERTURBED_SETS, steps):
-        seeds = most if steps >= FULL_STEPS else PERTURBED_SEEDS
-        lr, damping = best_options(data, base, steps, out / "runs")
-        for times in PERTURBED:
-            pair = pairs(data, base, times * lr, damping, seeds, steps, out / "runs")
-            curves[data, base, times] = pair
-            rows.append({"data": data, "base": base, "times": times, "lr": times * lr,
-                         "damping": damping, "seeds": seeds, "steps": steps, **_compared(pair),
-                         "failures": failures([*pair["plain"], *pair["feedback"]])})  # fmt: skip
+    for data in PERTURBED_SETS:
+        for base in BASES:
+            for times in PERTURBED:
+                row, curves[data, base, times] = _pair(study, data, base, times, seeds)
+                rows.append(row)
     parts = []
     for times in PERTURBED:
         own = [row["loss"] for row in rows if row["times"] == times and row["loss"]]
@@ -203,10 +222,51 @@ def reproduce_ddp_fig5(data_root: Path | None, out: Path, steps: int) -> str:
     return _written({"rows": rows}, line, out / "ddp-fig5.json")
 
 
-def _cases(sets: Sequence[str], steps: int) -> list[tuple[str, str, int]]:
-    """Return data set, base and number of seeds of each comparison."""
-    seeds = lambda data: FULL_SEEDS if steps >= FULL_STEPS else SEEDS[data]
-    return [(data, base, seeds(data)) for data in sets for base in BASES]
+def _sets(data_root: Path | None) -> list[str]:
+    return [data for data in SETS if data != "mnist" or data_root is not None]
+
+
+def _left_out(rows: Sequence[Row]) -> str:
+    """Return what is to be said of a data set that is not among the rows."""
+    if any(row["data"] == "mnist" for row in rows):
+        return ""
+    return " MNIST is left out, as no data root was given."
+
+
+def _pair(
+    study: Study, data: str, base: str, times: float = 1.0, seeds: int | None = None
+) -> tuple[Row, dict[str, list[Row]]]:
+    """Return a base compared with itself with feedback, and the runs.
+
+    Args:
+        study: Where the runs are.
+        data: Data set.
+        base: The base.
+        times: Factor on its best learning rate.
+        seeds: How many; `None` for all.
+    """
+    choice, seeds = study.best(data, base), SEEDS[data] if seeds is None else seeds
+    lr = times * choice.lr
+    pair = study.pairs(data, base, lr, choice.damping, seeds)
+    row = _options(study, data, base, lr, choice) | {"times": times, "seeds": seeds}
+    return row | _compared(pair) | {"failures": failures([*pair["plain"], *pair["feedback"]])}, pair
+
+
+def _alone(study: Study, data: str, base: str) -> Row:
+    """Return what a base without feedback ends with."""
+    choice, seeds = study.best(data, base), SEEDS[data]
+    runs = study.seeds(data, base, False, choice.lr, choice.damping, seeds)
+    ended = {measure: last({"plain": runs}, measure)["plain"] for measure in MEASURES}
+    means = {n: {"plain": mean(v), "seeds": len(v)} if v else None for n, v in ended.items()}
+    row = _options(study, data, base, choice.lr, choice) | {"seeds": seeds}
+    return row | means | {"failures": failures(runs)}
+
+
+def _options(study: Study, data: str, base: str, lr: float, choice: Choice) -> Row:
+    return {
+        "data": data, "base": base, "steps": study.steps, "lr": lr, "damping": choice.damping,
+        "lrs": choice.lrs, "dampings": choice.dampings, "at the edge": choice.at_the_edge,
+    }  # fmt: skip
 
 
 def _compared(pair: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
@@ -256,45 +316,52 @@ def _written(content: dict[str, Any], line: str, path: Path) -> str:
     return line
 
 
-def _plot_differences(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the paired difference of each measure with its interval, a base and data set a line."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axis, measure in zip(figure.subplots(1, 2, sharey=True), MEASURES, strict=True):
-        for place, row in enumerate(rows):
-            if row[measure]:
-                axis.errorbar(row[measure]["difference"], place, xerr=row[measure]["interval"],
-                              fmt="o", color=f"C{SETS.index(row['data'])}", capsize=3)  # fmt: skip
-            paper = row["paper"]
-            change = (paper[1][0] - paper[0][0], (paper[1][1] - paper[0][1]) / 100)
-            axis.plot(change[MEASURES.index(measure)], place, "kx")
-        axis.axvline(0, color="0.6", linewidth=0.8)
-        axis.set_yticks(range(len(rows)), [f"{row['data']}, {row['base']}" for row in rows])
-        axis.grid(alpha=0.3)
-    left, right = figure.axes
-    left.set(xlabel="training loss, feedback minus base")
-    right.set(xlabel="test accuracy, feedback minus base")
-    left.invert_yaxis()
-    figure.suptitle("paired differences and 95 % intervals; crosses: the paper's means")
-    figure.savefig(path, dpi=120)
+def _table_3(rows: Sequence[Row]) -> str:
+    """Return table 3 in Markdown."""
+    lines = []
+    for row in rows:
+        loss, accuracy = row["loss"] or {}, row["accuracy"] or {}
+        lines.append([
+            row["data"], row["base"], f"{row['lr']:g}", f"{row['damping']:g}",
+            _number(loss, "plain", ".4f"), _number(loss, "feedback", ".4f"),
+            _difference(loss, "+.4f", ".4f"),
+            _number(accuracy, "plain", ".1%"), _number(accuracy, "feedback", ".1%"),
+            _difference(accuracy, "+.1%", ".1%"), *(_reported(p) for p in row["paper"]),
+        ])  # fmt: skip
+    return _markdown(
+        ("data", "base", "lr", "damping", "loss: base", "with feedback", "difference",
+         "accuracy: base", "with feedback", "difference", "paper: base", "with feedback"), lines,
+    )  # fmt: skip
 
 
-def _plot_variances(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw Var_feedback / Var_base of each measure with its interval."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axis, measure in zip(figure.subplots(1, 2, sharey=True), MEASURES, strict=True):
-        for place, row in enumerate(rows):
-            found = row[measure]
-            if found:
-                axis.plot([1 + found["low"], 1 + found["high"]], [place, place], "|-", color="C0")
-                axis.plot(1 + found["change"], place, "o", color="C0")
-            axis.plot(1 + row["paper"][MEASURES.index(measure)] / 100, place, "kx")
-        axis.axvline(1, color="0.6", linewidth=0.8)
-        axis.set_yticks(range(len(rows)), [f"{row['data']}, {row['base']}" for row in rows])
-        axis.set(xscale="log", xlabel=f"variance of {measure} over seeds, feedback / base")
-        axis.grid(alpha=0.3)
-    figure.axes[0].invert_yaxis()
-    figure.suptitle("change of the variance and 95 % intervals; crosses: the paper's")
-    figure.savefig(path, dpi=120)
+def _table_4(rows: Sequence[Row]) -> str:
+    """Return table 4 in Markdown."""
+    change = lambda at: f"{at['change']:+.0%} ({at['low']:+.0%} to {at['high']:+.0%})" if at else ""
+    lines = [
+        [row["data"], row["base"], *(change(row[name]) for name in MEASURES),
+         *(f"{percent:+.1f}%" for percent in row["paper"])]
+        for row in rows
+    ]  # fmt: skip
+    return _markdown(("data", "base", *MEASURES, "paper: loss", "accuracy"), lines)
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _number(found: Row, name: str, form: str) -> str:
+    return format(found[name], form) if name in found else ""
+
+
+def _difference(found: Row, form: str, half: str) -> str:
+    if "difference" not in found:
+        return ""
+    return f"{found['difference']:{form}} +- {found['interval']:{half}}"
+
+
+def _reported(pair: tuple[float, float] | None) -> str:
+    return "" if pair is None else f"{pair[0]:.4f} ({pair[1]:.1f}%)"
 
 
 def _plot_curves(
@@ -322,4 +389,4 @@ def _plot_curves(
         axis.set_ylabel("training loss")
     axes[0, 0].legend()
     figure.suptitle("learning rate perturbed from its best: seeds thin, their median thick")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)

@@ -11,8 +11,9 @@ Source: Q. Li, L. Chen, C. Tai and W. E (2018), Maximum principle based algorith
 learning, Journal of Machine Learning Research 18(165), arXiv:1710.09513, section 4.1.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ from deqlqr.call import Call
 from deqlqr.controls import Controls
 from deqlqr.deq import DEQ, layers_of
 from deqlqr.equilibrium import pullback_at
-from deqlqr.layers import listed_phases
+from deqlqr.layers import listed_phases, walked
 from deqlqr.linearize_samples import check_input
 from deqlqr.loss import Loss
-from deqlqr.phases import Phased, has_phases, phases_of
+from deqlqr.phases import Phase, has_phases, phases_of, unnested
 from deqlqr.solution import ConvergenceError
 from deqlqr.state import StateShape
 from deqlqr.substitution import Substitution
@@ -265,18 +266,11 @@ class Chain:
         name = type(segment).__name__
         with torch.no_grad():
             chain = phases_of(segment, value, (), {})
-            for k, phase in enumerate(listed_phases(chain, name, (), {})):
-                before = StateShape.of(value, f"state of phase {k} of {name}")
-                try:
-                    value = phase(before.unflatten(before.flatten(value)))
-                except TypeError as error:
-                    raise ValueError(
-                        f"phase {k} of {name} must take one state, a tensor or a tuple of tensors "
-                        f"as the phase before returns it; it raised: {error}."
-                    ) from error
-                after = StateShape.of(value, f"what phase {k} of {name} returns")
-                self.links.append(Link(_Phase(segment, chain, k), before, after))
-        return value
+            phases = listed_phases(chain, name, (), {})
+            walk = walked(phases, value, name, f"what the last phase of {name} returns")
+        for k, (before, after) in enumerate(pairwise(walk.shapes)):
+            self.links.append(Link(Phase(segment, chain, k), before, after))
+        return walk.results[-1]
 
     def _require_tensor(self, value: Any) -> None:
         if not isinstance(value, Tensor):
@@ -353,18 +347,6 @@ class Chain:
         return torch.cat([part.reshape(-1) for part in parts])
 
 
-class _Phase(nn.Module):
-    """Phase k of a model, so that `Substitution` reaches the model's parameters."""
-
-    def __init__(self, model: nn.Module, chain: Phased, k: int) -> None:
-        super().__init__()
-        self.model, self._chain, self._k = model, chain, k
-
-    def forward(self, state: Any) -> Any:
-        """Return what the phase makes of a state."""
-        return self._chain.phases()[self._k](state)
-
-
 def _segments(model: nn.Module) -> list[nn.Module]:
     """Return the model, or, if it has DEQ layers, these and the layers between them.
 
@@ -384,7 +366,7 @@ def _segments(model: nn.Module) -> list[nn.Module]:
         raise ValueError(f"model must be a plain nn.Sequential if it has a DEQ layer, got {name}.")
     segments: list[nn.Module] = []
     between: list[nn.Module] = []
-    for layer in _unnested(model):
+    for layer in unnested(model):
         if isinstance(layer, DEQ):
             segments += [nn.Sequential(*between), layer] if between else [layer]
             between = []
@@ -396,14 +378,6 @@ def _segments(model: nn.Module) -> list[nn.Module]:
         else:
             between.append(layer)
     return [*segments, nn.Sequential(*between)] if between else segments
-
-
-def _unnested(model: nn.Sequential) -> Iterator[nn.Module]:
-    for layer in model:
-        if type(layer) is nn.Sequential:
-            yield from _unnested(layer)
-        else:
-            yield layer
 
 
 def _pulled(value: Tensor, into: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:

@@ -294,6 +294,22 @@ def test_one_element_without_a_minimum_leaves_the_others_as_they_are(m, reduced)
         solve_finite_lqr(**of_form(bad, reduced))
 
 
+@pytest.mark.parametrize("sign", [1.0, -0.01], ids=["positive", "negative"])
+def test_the_device_is_looked_at_as_often_for_any_number_of_stages(sign, monkeypatch):
+    """P+ = -0.01 I somewhere makes every stage ask whether R + B'P+B is positive definite."""
+    looks, usual = [], torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: looks.append(t) or usual(t))
+    A, B, I = 0.5 * torch.eye(2).double(), randn(2, 5), torch.eye(2).double()
+    R, counts = InputCost.of(torch.eye(5).double()), []
+    for stages in (2, 9):
+        looks.clear()
+        Q = [*[I] * stages, sign * I]
+        found = solve_finite_lqr([A] * stages, [B] * stages, Q, [R] * stages, throw=False)
+        counts.append(len(looks))
+        assert found.result == FiniteResult.SOLVED
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("name", [*MATRICES, "x0"])
 @forms
 def test_what_is_not_finite_is_named_and_kept_apart(name, reduced):

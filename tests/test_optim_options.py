@@ -267,3 +267,19 @@ def test_the_factor_on_the_damping_keeps_within_its_limits_and_finds_back():
     assert next_factor(1.0, ratio=0.5, **good) == 1.0 == next_factor(1.0, ratio=None, **good)
     assert next_factor(1.0, ratio=0.1, **good) == 3.0
     assert next_factor(LEAST, ratio=0.9, **good) == LEAST
+
+
+@pytest.mark.parametrize("route", ["sampled", "kronecker", "output"])
+def test_outputs_that_overflow_are_a_step_given_up_not_an_error(route):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    opt = ImplicitNGD(model, route=route, lr=0.1, damping=0.1)
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    opt.step(x, y)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1e20)
+    before = [p.clone() for p in model.parameters()]
+    opt.step(1e3 * x, y)
+    assert not opt.last_step.accepted
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
