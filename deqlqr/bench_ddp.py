@@ -12,8 +12,8 @@ from torch import nn
 from deqlqr.ddp import DDP
 from deqlqr.ddp_base import EKFAC, SGD, Base, RMSprop
 
-_ROUNDS = 3  # each step is timed so many times, in turn; the best counts
-_STEPS = 10  # a round, with one look at the metric of EKFAC
+_ROUNDS = 6  # after one that warms up
+_STEPS = 10  # a round, of which each is timed by itself; one has a look at the metric of EKFAC
 
 SIZES = tuple(
     (batch, width, depth) for depth in (5, 20) for width in (20, 128) for batch in (8, 64)
@@ -60,7 +60,9 @@ def bench_ddp(
 ) -> Iterable[DDPRow]:
     """Measure on dense networks, 64 inputs, 10 classes, tanh, one thread.
 
-    What is timed is the processor's time of a whole step, all kinds in turn.
+    What is timed is the processor's time of a whole step. All kinds take their j-th step of a round
+    one after the other; of its times in the rounds the least counts, which other work on the
+    machine disturbs least.
 
     Args:
         sizes: Batch, width and depth of each network.
@@ -96,20 +98,20 @@ def table(rows: Iterable[DDPRow]) -> Iterable[str]:
 
 
 def _times(batch: int, width: int, depth: int, base: str) -> dict[str, float]:
-    """Return the best seconds of the base's step, "", and of each variant, in turn."""
+    """Return the seconds of the base's step, "", and of each variant."""
     steps = {
         name: _step(batch, width, depth, base, options)
         for name, options in {"": {"feedback": False}, **VARIANTS}.items()
     }
-    best = dict.fromkeys(steps, float("inf"))
-    for round_ in range(_ROUNDS + 1):  # the first warms up
-        for name, step in steps.items():
-            begin = time.process_time()
-            for _ in range(_STEPS):
+    least = {name: [float("inf")] * _STEPS for name in steps}
+    for round_ in range(_ROUNDS + 1):
+        for j in range(_STEPS):
+            for name, step in steps.items():
+                begin = time.process_time()
                 step()
-            if round_:
-                best[name] = min(best[name], (time.process_time() - begin) / _STEPS)
-    return best
+                if round_:
+                    least[name][j] = min(least[name][j], time.process_time() - begin)
+    return {name: sum(spent) / _STEPS for name, spent in least.items()}
 
 
 def _step(

@@ -20,11 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deqlqr._checks import at_least, choice, count
+from deqlqr._checks import at_least, choice, count, require_no_cache
 from deqlqr._linalg import all_finite
+from deqlqr.adaptation import next_factor, raised
 from deqlqr.batch import Chunk
 from deqlqr.controls import Controls
-from deqlqr.ddp_backward import Policy, sweep
+from deqlqr.ddp_backward import Policy
 from deqlqr.ddp_base import (
     EKFAC,
     SGD,
@@ -38,14 +39,14 @@ from deqlqr.ddp_base import (
 )
 from deqlqr.ddp_dense import Weights, dense_policy
 from deqlqr.ddp_forward import Rules
-from deqlqr.ddp_inverse import Inverse
-from deqlqr.ddp_trajectory import Linearized, Network, Trajectory
+from deqlqr.ddp_network import Known
+from deqlqr.ddp_policy import based_policy, linearized
+from deqlqr.ddp_trajectory import Linearized
 from deqlqr.deq import layers_of
 from deqlqr.divergence import DivergenceLike, OutputDivergence
 from deqlqr.gradient_step import GradientStep
 from deqlqr.linearize_samples import choose_divergence
 from deqlqr.loss import LossLike, make_loss
-from deqlqr.net_layers import NetLayers
 from deqlqr.optim import ImplicitNGD
 from deqlqr.routes import Fisher
 from deqlqr.solution import ConvergenceError
@@ -53,8 +54,6 @@ from deqlqr.solution import ConvergenceError
 logger = logging.getLogger("deqlqr")
 
 Coupling = Literal["batch", "sample"]
-_ADAPTATION = 3.0  # factor on an adaptive damping
-_LEAST, _MOST = 1e-12, 1e12  # limits of the factor on the damping
 
 
 @dataclass(frozen=True)
@@ -198,9 +197,10 @@ class DDP(torch.optim.Optimizer):
                 "any number."
             )
         self.last_step: DDPReport | None = None
-        self._network: tuple[Any, Network] | None = None  # and what it was found out for
+        self._known = Known(model, self.base)
         self._previous: Tensor | None = None
-        controls = Controls(model)
+        self._held = controls = Controls(model)
+        self._kind = [(p.dtype, p.device) for p in controls.parameters[:1]]
         numbers = {
             "lr": at_least("lr", lr, 0.0, strict=True),
             "damping": at_least("damping", damping, 0.0, strict=damped),
@@ -255,13 +255,17 @@ class DDP(torch.optim.Optimizer):
         if not self._by_layers:
             raise ValueError("policy needs feedback=True, or base 'full', got feedback=False.")
         if self._running is None:
-            return self._policy(self._linearized(x, y), 1.0)
+            return self._policy_at(x, y)
         inner, state = self._running.optimizer, self.state
         inner.state = defaultdict(dict, {p: copy.deepcopy(v) for p, v in state.items()})
         try:
-            return self._policy(self._linearized(x, y), 1.0)
+            return self._policy_at(x, y)
         finally:
             inner.state = state
+
+    def _policy_at(self, x: Tensor, y: Tensor) -> Policy:
+        at = self._linearized(x, y)
+        return self._policy(at, at.controls.vector, 1.0)
 
     def step(self, x: Any = None, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Take one step on the batch (x, y) and return the loss before it, a scalar tensor.
@@ -274,24 +278,26 @@ class DDP(torch.optim.Optimizer):
             The loss before the step; `last_step` says what was done.
 
         Raises:
-            ValueError: If the data do not fit the model or the loss; nothing has changed then.
+            ValueError: If the data do not fit the model or the loss, or within
+                `torch.nn.utils.parametrize.cached`; nothing has changed then.
             ConvergenceError: If the loss is not finite at the current parameters, nor at those
                 before the last step; the parameters are the former.
         """
         if callable(x) or x is None or y is None:
             raise ValueError("step takes a batch (x, y).")
+        require_no_cache()
         controls = self._controls()
         before, take = controls.vector, self._step if self._by_layers else self._plain
         previous = self._previous
         try:
-            report = take(x, y, False)
+            report = take(x, y, before)
         except ConvergenceError:
             if previous is None or len(previous) != len(before):
                 controls.assign(before)
                 raise
             controls.assign(previous)
             try:
-                report = take(x, y, True)
+                report = take(x, y, previous, True)
             except BaseException:
                 controls.assign(before)
                 raise
@@ -310,18 +316,22 @@ class DDP(torch.optim.Optimizer):
         return before.new_tensor(report.loss)
 
     def _controls(self) -> Controls:
-        """Return the parameters that are trained now."""
-        controls = Controls(self.model)
-        known = {id(p) for p in self.param_groups[0]["params"]}
-        if any(id(p) not in known for p in controls.parameters):
-            raise ValueError("model has a trainable parameter that the optimizer was not given.")
-        return controls
+        """Return the parameters that are trained now; the same object while they are the same."""
+        now = [p for p in self.model.parameters() if p.requires_grad]
+        kind = [(p.dtype, p.device) for p in now[:1]]
+        if kind != self._kind or [id(p) for p in now] != [id(p) for p in self._held.parameters]:
+            known = {id(p) for p in self.param_groups[0]["params"]}
+            if any(id(p) not in known for p in now):
+                raise ValueError(
+                    "model has a trainable parameter that the optimizer was not given."
+                )
+            self._held, self._kind = Controls(self.model), kind
+        return self._held
 
-    def _plain(self, x: Tensor, y: Tensor, again: bool) -> DDPReport:
-        """Take the base's own step."""
+    def _plain(self, x: Tensor, y: Tensor, before: Tensor, again: bool = False) -> DDPReport:
+        """Take the base's own step from the parameters `before`, the current ones."""
         assert self._running is not None  # noqa: S101
-        inner, controls = self._running.optimizer, self._controls()
-        before = controls.vector
+        inner, controls = self._running.optimizer, self._held
         accepted, reasons = True, list[str]()
         if isinstance(inner, ImplicitNGD):
             loss = float(inner.step(x, y))
@@ -340,16 +350,17 @@ class DDP(torch.optim.Optimizer):
         nan = float("nan")
         return DDPReport(loss, nan, accepted, 1.0, 1.0, 0.0, 0, None, tuple(reasons), again)
 
-    def _step(self, x: Tensor, y: Tensor, again: bool) -> DDPReport:
-        """Take a step with feedback, or one of full DDP."""
+    def _step(self, x: Tensor, y: Tensor, before: Tensor, again: bool = False) -> DDPReport:
+        """Take a step with feedback, or one of full DDP, from `before`, the current parameters."""
         first = self.param_groups[0]
         at = self._linearized(x, y)
+        if at.controls.m != len(before):  # not all have an effect
+            before = at.controls.vector
         factor = first["damping_factor"] * (self.damping_increase if again else 1.0)
-        before = at.controls.vector
         rejections: list[str] = []
         rules = self._rules()
         while True:
-            policy = self._policy(at, factor)
+            policy = self._policy(at, before, factor)
             tried = rules.searched(at, policy, before)
             if tried.reason is None:
                 break
@@ -360,12 +371,16 @@ class DDP(torch.optim.Optimizer):
             logger.info("step rejected at damping factor %.1e: %s", factor, tried.reason)
             if len(rejections) > self.max_rejections:
                 break
-            factor = min(factor * self.damping_increase, _MOST)
+            factor = raised(factor, self.damping_increase)
         accepted = tried.reason is None
         if accepted:
-            at.controls.assign(at.controls.vector)  # now for good
+            for p in at.controls.parameters:  # now for good: graphs that hold them are to notice
+                torch.autograd.graph.increment_version(p)
         ratio = rules.ratio(at, policy, tried, before) if accepted else None
-        first["damping_factor"] = self._next_factor(factor, bool(rejections), ratio)
+        first["damping_factor"] = next_factor(
+            factor, rejected=bool(rejections), increase=self.damping_increase,
+            adaptive=self.adaptive, ratio=ratio,
+        )  # fmt: skip
         first["step"] += 1
         return DDPReport(
             at.loss, tried.loss if accepted else float("nan"), accepted, tried.length, factor,
@@ -379,52 +394,14 @@ class DDP(torch.optim.Optimizer):
             ValueError: If the data do not fit.
             ConvergenceError: If the loss is not finite.
         """
-        network, net = self._looked_at(x, isinstance(self.base, Full))
-        trajectory = None
-        if isinstance(self.base, Full) and net is not None:
-            outputs, controls = net.outputs, net.controls
-        else:
-            trajectory = Trajectory(network, x)
-            outputs, controls = trajectory.outputs, network.controls
-        self.loss.check(outputs, y)
-        leaf = outputs.clone().requires_grad_()
-        with torch.enable_grad():
-            loss = self.loss(leaf, y)
-        if not math.isfinite(float(loss.detach())):
-            raise ConvergenceError(f"the loss is {float(loss.detach())}.")
-        (V_X,) = torch.autograd.grad(loss, leaf)
-        at = Linearized(network, net, trajectory, controls, x, y, float(loss.detach()), V_X)
-        if trajectory is not None and self._running is not None:
-            step = self.param_groups[0]["step"]
-            self._running.look(trajectory, Chunk(trajectory, x, y, V_X), step)
+        at = linearized(self._known, self._controls(), self.loss, x, y)
+        if at.trajectory is not None and self._running is not None:
+            chunk = Chunk(at.trajectory, x, y, at.V_X)
+            self._running.look(at.trajectory, chunk, self.param_groups[0]["step"])
         return at
 
-    def _looked_at(self, x: Tensor, anew: bool) -> tuple[Network, NetLayers | None]:
-        """Return what is known of the model, and its layers where they were looked at anew.
-
-        Raises:
-            ValueError: If a parameter acts in several layers, or the model has no layers.
-            ConvergenceError: If parameters are not finite.
-        """
-        trained = tuple(id(p) for p in self._controls().parameters)
-        modes = tuple(module.training for module in self.model.modules())
-        key = (x.shape[1:] if isinstance(x, Tensor) else None, trained, modes)
-        if not anew and self._network is not None and self._network[0] == key:
-            return self._network[1], None
-        if not all_finite(self.model.parameters()):
-            raise ConvergenceError("the parameters are not finite.")
-        net = NetLayers(self.model, x)
-        if isinstance(self.base, Full) and max(net.sizes) * len(x) > self.base.max_states:
-            raise ValueError(
-                f"x: {len(x)} samples of up to {max(net.sizes)} states are too many for full DDP, "
-                f"which takes {self.base.max_states} in all (Full(max_states=...)). Take a smaller "
-                "batch, or base 'sgd', 'rmsprop' or 'ekfac'."
-            )
-        self._network = key, Network.of(net)
-        return self._network[1], net
-
-    def _policy(self, at: Linearized, factor: float) -> Policy:
-        """Return the policy at a factor on the damping."""
+    def _policy(self, at: Linearized, before: Tensor, factor: float) -> Policy:
+        """Return the policy from the parameters `before`, at a factor on the damping."""
         group = self.param_groups[0]
         damping, mu, decay = (group[n] for n in ("damping", "state_damping", "weight_decay"))
         if isinstance(self.base, Full):
@@ -434,22 +411,10 @@ class DDP(torch.optim.Optimizer):
                 at.net, at.y, self.loss, self.divergence, weights=weights,
                 second_order=self.base.second_order, feedback=self.feedback,
             )  # fmt: skip
-        running, trajectory, own = self._running, at.trajectory, at.network.own
-        assert running is not None and trajectory is not None  # noqa: S101
-        rows, C, g = at.rows(self._cotangents)
-        l_u = (decay if running.l2 else 0.0) * at.controls.vector
-
-        def inverse(t: int, q: Tensor) -> Inverse:
-            return running.inverse(at.network.parts[t], at.network.places[t], q, factor)
-
-        swept = sweep(rows, C, own, g, l_u, inverse, mu=mu, whole=self.coupling == "batch")
-        q, d, bend = swept.Q_u, torch.zeros_like(swept.Q_u), float("nan")
-        reason = None if all_finite([q]) else "Q_u is not finite"
-        if reason is None:
-            d, bend = running.propose(at.controls, q, factor, self.adaptive)
-        return Policy(
-            at.controls, own, d, swept.gains, trajectory.states, q + l_u, float((q + l_u) @ d),
-            bend, swept.regularised, reason,
+        assert self._running is not None  # noqa: S101
+        return based_policy(
+            at, self._running, self._cotangents, before, factor, mu=mu, weight_decay=decay,
+            whole=self.coupling == "batch", measured=self.adaptive,
         )  # fmt: skip
 
     def _cotangents(self, y: Tensor) -> list[Tensor]:
@@ -469,18 +434,6 @@ class DDP(torch.optim.Optimizer):
             max_increase=self.max_increase,
             weight_decay=first["weight_decay"] if running is None or running.l2 else 0.0,
         )
-
-    def _next_factor(self, factor: float, rejected: bool, ratio: float | None) -> float:
-        """Return the factor on the damping that the next step starts from."""
-        if rejected:
-            return factor
-        if not self.adaptive:
-            return max(1.0, factor / self.damping_increase**0.5)
-        if ratio is not None and ratio > 0.75:
-            factor /= _ADAPTATION
-        elif ratio is not None and ratio < 0.25:
-            factor *= _ADAPTATION
-        return min(max(factor, _LEAST), _MOST)
 
 
 def _first_order(base: Base) -> bool:

@@ -42,10 +42,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deqlqr._linalg import identity_like, lu_factor, sym
 from deqlqr.controls import Controls
 from deqlqr.ddp_inverse import Inverse
-from deqlqr.rows import Rows
+from deqlqr.ddp_rows import LayerRows
+from deqlqr.ddp_value import AppliedRecursion, FormedRecursion, Recursion, Value
+
+_CALLS = 4e6  # operations in the time that torch needs to begin those of a product with N
 
 
 class Gain(Protocol):
@@ -112,37 +114,31 @@ class Factored:
     """-D G S C' of (DD6), or with S of (DD7).
 
     Attributes:
-        D: The layer's Q_uu^-1.
-        rows: G'.
-        S: `(1, batch r, batch r)`, or `(batch, r, r)` if samples are not coupled.
-        C: `(batch, n, r)`.
+        D: The layer's Q_uu^-1, with G'.
+        S: See (DD6).
+        C: C', `(batch, r, n)`.
     """
 
     D: Inverse
-    rows: Rows
-    S: Tensor
+    S: Value
     C: Tensor
 
     def times(self, dX: Tensor) -> Tensor:
         """Return K dX."""
-        seen = (dX[:, None].to(self.C.dtype) @ self.C)[:, 0]
-        return -self.D.spread(self.rows, _applied(self.S, seen))
+        seen = (self.C @ dX[..., None].to(self.C.dtype))[..., 0]
+        return self.D.rows.flat(self.D.spread(-self.S.times(seen)))
 
     def dense(self) -> Tensor:
         """Return K."""
-        batch, n, r = self.C.shape
-        DG = self.D.times(self.rows.dense().flatten(0, 1))  # (batch r, m)
-        S = self.S[0] if len(self.S) == 1 else torch.block_diag(*self.S)
-        SC = torch.einsum("ibr,bnr->ibn", S.view(batch * r, batch, r), self.C)
+        (batch, r, n), rows = self.C.shape, self.D.rows
+        DG = rows.flat(self.D.times(rows.matrix(rows.dense()))).flatten(0, 1)  # (batch r, m)
+        eye = torch.eye(batch * r, dtype=DG.dtype, device=DG.device)
+        S = torch.stack([self.S.times(column.view(batch, r)) for column in eye])
+        SC = torch.einsum("ibr,brn->ibn", S, self.C)
         return -DG.mT @ SC.reshape(batch * r, batch * n)
 
 
-def _applied(S: Tensor, v: Tensor) -> Tensor:
-    """Return S v for v (batch, r)."""
-    return (S @ v.reshape(len(S), -1, 1)).view(v.shape)
-
-
-InverseOf = Callable[[int, Tensor], Inverse]  # (t, Q_u) -> D of layer t
+InverseOf = Callable[[int, LayerRows, Tensor], Inverse]  # (t, G', Q_u) -> D of layer t
 
 
 @dataclass(frozen=True)
@@ -150,79 +146,86 @@ class Swept:
     """The value recursion (DD6), before the base has taken its step.
 
     Attributes:
-        Q_u: Of all layers, without l_u, `(m,)`.
+        Q_u: Of each layer, without l_u, flat; `None` without parameters.
         gains: K of each layer.
         regularised: Layers at which (DD7) was needed.
     """
 
-    Q_u: Tensor
+    Q_u: Sequence[Tensor | None]
     gains: Sequence[Gain | None]
     regularised: int
 
 
 def sweep(
-    rows: Rows,
+    layers: Sequence[LayerRows | None],
     C: Sequence[Tensor],
-    own: Sequence[Sequence[int]],
-    g: Tensor,
-    l_u: Tensor,
+    l_u: Sequence[Tensor] | None,
     inverse: InverseOf,
     *,
     mu: float,
     whole: bool,
+    scalar: bool = False,
 ) -> Swept:
     """Run (DD6) backward through the layers.
 
     Args:
-        rows: G' of all parameters.
-        C: Of the state that enters each layer but the first, `(batch, n_t, r)`.
-        own: Numbers of the parameters of each layer.
-        g: Gradient of the loss, `(m,)`.
-        l_u: Gradient of sum l_t, `(m,)`.
+        layers: G' and the gradient of each layer; `None` for one without parameters.
+        C: C' of the state that enters each layer but the first, `(batch, r, n_t)`.
+        l_u: Of each layer, flat; `None` for 0.
         inverse: Gives D of a layer, never asked for one without parameters.
         mu: Of (DD9).
         whole: Couple all samples; else S keeps the blocks of single samples only.
+        scalar: D is one number, with which N costs little.
 
     Returns:
         Q_u and the gains.
     """
-    batch, r = rows.count
-    blocks, size = (1, batch * r) if whole else (batch, r)
-    eye = torch.eye(size, dtype=g.dtype, device=g.device)
-    S, xi = ((1 + mu) * eye).expand(blocks, -1, -1), g.new_zeros(batch, r)
-    gains: list[Gain | None] = [None] * len(own)
-    parts, decay = list(g.split(rows.sizes)), l_u.split(rows.sizes)
-    regularised = 0
-    for t in reversed(range(len(own))):
-        if not own[t]:
+    found = None
+    if whole and _sooner_applied([rows for rows in layers[1:] if rows is not None], scalar):
+        found = _swept(layers, C, l_u, inverse, AppliedRecursion(mu))
+    if found is None:
+        found = _swept(layers, C, l_u, inverse, FormedRecursion(mu, whole))
+    assert found is not None  # noqa: S101  only what is not formed is given up
+    return found
+
+
+def _swept(
+    layers: Sequence[LayerRows | None],
+    C: Sequence[Tensor],
+    l_u: Sequence[Tensor] | None,
+    inverse: InverseOf,
+    value: Recursion,
+) -> Swept | None:
+    """Return what `sweep` does, or `None` if the recursion needs S itself and has not formed it."""
+    Q_u: list[Tensor | None] = [None] * len(layers)
+    gains: list[Gain | None] = [None] * len(layers)
+    for t in reversed(range(len(layers))):
+        rows = layers[t]
+        if rows is None:
             continue
-        part = Rows(tuple(rows.parts[i] for i in own[t]), rows.count)
-        q = torch.cat([parts[i] for i in own[t]])
-        if t < len(own) - 1:
-            q = q - part.transpose_times(xi)
-            for i, piece in zip(own[t], q.split(part.sizes), strict=True):
-                parts[i] = piece
+        q = rows.gradient(value.xi)
+        Q_u[t] = rows.flat(q)
         if t > 0:
-            D = inverse(t, q)
-            S_gain, S, bad = _next(S, D.gram(part, whole))
-            q = q + torch.cat([decay[i] for i in own[t]])
-            gains[t] = Factored(D, part, S_gain, C[t - 1])
-            xi = xi + _applied(S_gain, D.project(part, q))
-            regularised += bad
-            if mu:
-                S = S + mu * eye  # (DD9)
-    return Swept(torch.cat(parts), gains, regularised)
+            D = inverse(t, rows, q)
+            if l_u is not None:
+                q = q + rows.matrix(l_u[t])
+            S = value.before(D, q)
+            if S is None:
+                return None
+            gains[t] = Factored(D, S, C[t - 1])
+    return Swept(Q_u, gains, value.regularised)
 
 
-def _next(S: Tensor, N: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Return S of K and xi, S of the layer before, and whether (DD7) was needed."""
-    SN = S @ N
-    less = sym(S - SN @ S)  # (DD6)
-    scale = S.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[..., None, None]
-    shift = 10 * S.shape[-1] * torch.finfo(S.dtype).eps * scale
-    _, info = torch.linalg.cholesky_ex(less + shift * identity_like(S))
-    bad = (info != 0)[:, None, None]
-    if not bool(bad.any()):
-        return S, less, 0
-    damped = sym(lu_factor(identity_like(S) + SN).solve(S.contiguous()))  # (DD7)
-    return torch.where(bad, damped, S), torch.where(bad, damped, less), 1
+def _sooner_applied(layers: Sequence[LayerRows], scalar: bool) -> bool:
+    """Return whether products with S, not formed, cost less than S, by their operations.
+
+    Formed: for each layer N, 2 m batch^2 if D is no number; four times the cube of batch r between
+    two layers. Applied: for the j-th layer from the end 2^j products with some N, for xi and again
+    in the forward pass, each of 8 m operations for every sample.
+    """
+    if not layers:
+        return False
+    (batch, r), count = layers[0].count, len(layers)
+    m = max(rows.size for rows in layers)
+    formed = 4 * (batch * r) ** 3 * (count - 2) + (0 if scalar else 2 * m * batch**2 * count)
+    return 2 ** (count + 1) * (8 * m * batch + _CALLS) < formed

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from deqlqr._checks import Options, at_least, choice, count
 from deqlqr.batch import Batch, Chunk
 from deqlqr.controls import Controls
-from deqlqr.ddp_inverse import Diagonal, Inverse, KroneckerInverse
+from deqlqr.ddp_inverse import Diagonal, Inverse, kronecker_inverse
+from deqlqr.ddp_rows import LayerRows
 from deqlqr.divergence import OutputDivergence
-from deqlqr.kronecker import KroneckerMetric
+from deqlqr.kronecker import Block, KroneckerMetric
 from deqlqr.optim import ImplicitNGD
 from deqlqr.routes import Fisher, Kronecker, Memory
 from deqlqr.sensitivity import Sensitivity
@@ -41,33 +42,38 @@ class Running:
     Attributes:
         optimizer: The optimiser whose steps it takes.
         l2: Weight decay is a part of the cost, l_u = weight_decay u; else it is decoupled.
+        scalar: D is one number.
     """
 
     optimizer: torch.optim.Optimizer
     l2: bool
+    scalar = False
 
     def look(self, at: Sensitivity, chunk: Chunk, step: int) -> None:
         """See a batch."""
 
     @abstractmethod
-    def inverse(self, part: Controls, where: Tensor, q: Tensor, factor: float) -> Inverse:
+    def inverse(
+        self, rows: LayerRows, q: Tensor, part: Controls, where: Tensor, factor: float
+    ) -> Inverse:
         """Return D of a layer.
 
         Args:
-            part: The layer's parameters.
+            rows: G' of the layer.
+            q: Its Q_u, in the form of the rows.
+            part: Its parameters.
             where: Their entries in u.
-            q: Q_u of the layer, `(m,)`.
             factor: On the damping; without one, on D^-1.
         """
 
     @abstractmethod
     def propose(
-        self, controls: Controls, q: Tensor, factor: float, measured: bool
+        self, controls: Controls, before: Tensor, q: Tensor, factor: float, measured: bool
     ) -> tuple[Tensor, float]:
         """Return the base's own change d (m,) for the gradient q, and, if `measured`, d'C d.
 
-        C is the base's metric; without one that is NaN. The base's memory goes on; `restore`
-        brings it back.
+        `before` are the current parameters (m,). C is the base's metric; without one that is NaN.
+        The base's memory goes on; `restore` brings it back.
         """
 
     @abstractmethod
@@ -85,7 +91,7 @@ class _OfTorch(Running):
         self._before: list[tuple[Tensor, dict[str, Any]]] = []
 
     def propose(
-        self, controls: Controls, q: Tensor, factor: float, measured: bool
+        self, controls: Controls, before: Tensor, q: Tensor, factor: float, measured: bool
     ) -> tuple[Tensor, float]:
         """Take the step and take it back."""
         copied = lambda v: v.clone() if isinstance(v, Tensor) else v
@@ -94,7 +100,7 @@ class _OfTorch(Running):
             (p, {k: copied(v) for k, v in state[p].items()} if p in state else {})
             for p in controls.parameters
         ]
-        before, own = controls.vector, [p.grad for p in controls.parameters]
+        own = [p.grad for p in controls.parameters]
         named = controls.unflatten(q)
         try:
             for name, p in zip(controls.names, controls.parameters, strict=True):
@@ -112,28 +118,33 @@ class _OfTorch(Running):
         for p, values in self._before:
             self.optimizer.state[p] = values
 
-    def _inverted(self, d: Tensor, factor: float) -> Diagonal:
-        return Diagonal(1 / (factor / d + self._damping))
-
     @property
     def _group(self) -> dict[str, Any]:
         return self.optimizer.param_groups[0]
 
 
 class _RunningSGD(_OfTorch):
-    def inverse(self, part: Controls, where: Tensor, q: Tensor, factor: float) -> Inverse:
-        return self._inverted(q.new_tensor(self._group["lr"]), factor)  # (DD1)
+    scalar = True
+
+    def inverse(
+        self, rows: LayerRows, q: Tensor, part: Controls, where: Tensor, factor: float
+    ) -> Inverse:
+        d = 1 / (factor / self._group["lr"] + self._damping)
+        return Diagonal(rows, q.new_tensor(d))  # (DD1)
 
 
 class _RunningRMSprop(_OfTorch):
-    def inverse(self, part: Controls, where: Tensor, q: Tensor, factor: float) -> Inverse:
+    def inverse(
+        self, rows: LayerRows, q: Tensor, part: Controls, where: Tensor, factor: float
+    ) -> Inverse:
         group = self._group
         past = [
             self.optimizer.state.get(p, {}).get("square_avg", torch.zeros_like(p)).reshape(-1)
             for p in part.parameters
         ]
-        v = group["alpha"] * torch.cat(past) + (1 - group["alpha"]) * q.square()
-        return self._inverted(group["lr"] / (v.sqrt() + group["eps"]), factor)  # (DD1)
+        v = group["alpha"] * rows.matrix(torch.cat(past)) + (1 - group["alpha"]) * q.square()
+        d = group["lr"] / (v.sqrt() + group["eps"])
+        return Diagonal(rows, 1 / (factor / d + self._damping))  # (DD1)
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,7 @@ class _RunningEKFAC(Running):
         self.optimizer: ImplicitNGD = optimizer
         self._route = route
         self._metric: KroneckerMetric | None = None
+        self._blocks: dict[str, Block] = {}
         self._velocity: Tensor | None = None
 
     def look(self, at: Sensitivity, chunk: Chunk, step: int) -> None:
@@ -168,14 +180,19 @@ class _RunningEKFAC(Running):
         )
         assert isinstance(found, KroneckerMetric)  # noqa: S101
         self._metric = found
+        self._blocks = {member.name: block for block in found._blocks for member in block.members}
 
-    def inverse(self, part: Controls, where: Tensor, q: Tensor, factor: float) -> Inverse:
+    def inverse(
+        self, rows: LayerRows, q: Tensor, part: Controls, where: Tensor, factor: float
+    ) -> Inverse:
         group, metric = self.optimizer.param_groups[0], self._metric
         assert metric is not None  # noqa: S101  see `look`
-        return KroneckerInverse(part, where, metric, group["damping"] * factor, group["lr"])
+        return kronecker_inverse(
+            rows, part, where, metric, self._blocks, group["damping"] * factor, group["lr"]
+        )
 
     def propose(
-        self, controls: Controls, q: Tensor, factor: float, measured: bool
+        self, controls: Controls, before: Tensor, q: Tensor, factor: float, measured: bool
     ) -> tuple[Tensor, float]:
         """Return d of (O2) for the gradient q."""
         ngd, metric, group = self.optimizer, self._metric, self.optimizer.param_groups[0]
@@ -191,7 +208,7 @@ class _RunningEKFAC(Running):
         if group["momentum"]:
             u = u if self._velocity is None else group["momentum"] * self._velocity + u
             ngd._remember("velocity", u)
-        d = group["lr"] * (u - group["weight_decay"] * controls.vector)  # (O2)
+        d = group["lr"] * (u - group["weight_decay"] * before)  # (O2)
         return d, metric.metric(d) if measured else float("nan")
 
     def restore(self) -> None:

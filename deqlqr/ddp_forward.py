@@ -14,7 +14,8 @@ from torch import Tensor
 from deqlqr._linalg import all_finite
 from deqlqr.batch import statistics_held
 from deqlqr.ddp_backward import Policy
-from deqlqr.ddp_trajectory import Linearized, Network
+from deqlqr.ddp_network import Network
+from deqlqr.ddp_trajectory import Linearized
 from deqlqr.loss import Loss
 
 _HALVINGS = 8  # of the line search
@@ -37,20 +38,20 @@ def roll_out(network: Network, policy: Policy, x: Tensor, length: float) -> tupl
         The outputs with the new parameters `(batch, k)`, and the changes K_t (X_t* - X_t) of all
         parameters, flat.
     """
-    controls, answers = policy.controls, [policy.k.new_zeros(0)]
-    k = policy.k.split(controls.sizes)
+    answers = [policy.k.new_zeros(0)]
+    k = policy.k.split(policy.controls.sizes)
+    for p, change in zip(policy.controls.parameters, k, strict=True):
+        p.data.add_(change.view_as(p), alpha=length)  # (DD10)
     state: Any = x
     with statistics_held(network.model):
         for t, layer in enumerate(network.layers()):
-            changes, gain = [length * k[i] for i in policy.own[t]], policy.gains[t]
+            gain = policy.gains[t]
             if gain is not None:
                 answer = gain.times(network.shapes[t].flatten(state) - policy.states[t])
                 answers.append(answer)
-                pieces = answer.split([len(change) for change in changes])
-                changes = [c + piece for c, piece in zip(changes, pieces, strict=True)]
-            for i, change in zip(policy.own[t], changes, strict=True):
-                p = controls.parameters[i]
-                p.data.add_(change.view_as(p))  # (DD10)
+                part = network.parts[t]
+                for p, change in zip(part.parameters, answer.split(part.sizes), strict=True):
+                    p.data.add_(change.view_as(p))
             state = layer(state)
     return state, torch.cat(answers)
 

@@ -1,46 +1,51 @@
-"""Q_uu^-1 of a layer in batch DDP, as an operator D, and its products with single samples' rows.
-
-With the rows g a' of a weight (W1), d the entries of D in the eigenvectors of the layer (the unit
-vectors for a diagonal D), and a, g turned into them,
-
-    (DD2)  N = G'D G,   N_(sc)(s'c') = sum_ij g_sci g_s'c'i a_sj a_s'j d_ij
-"""
+"""Q_uu^-1 of a layer in batch DDP, as an operator D, and its products with the layer's rows."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deqlqr.controls import Controls
+from deqlqr.ddp_rows import Affine, LayerRows, plain_gram
 from deqlqr.kronecker import Block, KroneckerMetric
-from deqlqr.rows import Outer, Part, Plain, Rows
+from deqlqr.rows import Outer, Part, Plain
 from deqlqr.sites import Member
 
 
 class Inverse:
-    """D, a layer's Q_uu^-1."""
+    """D, a layer's Q_uu^-1, beside the rows G' of the layer, whose form its vectors have."""
+
+    rows: LayerRows
 
     @abstractmethod
     def times(self, v: Tensor) -> Tensor:
-        """Return D v for v `(*, m)`."""
+        """Return D v for v `(*, out, columns)` or `(*, m)`."""
 
     @abstractmethod
-    def gram(self, rows: Rows, whole: bool) -> Tensor:
+    def gram(self, whole: bool) -> Tensor:
         """Return N of (DD2).
 
         Args:
-            rows: G', of batch x r rows.
             whole: Between all samples, `(1, batch r, batch r)`; else within each, `(batch, r, r)`.
         """
 
-    def project(self, rows: Rows, v: Tensor) -> Tensor:
-        """Return G'D v `(batch, r)` for v `(m,)`."""
-        return rows.times(self.times(v))
+    def project(self, q: Tensor) -> Tensor:
+        """Return G'D q `(batch, r)`."""
+        return self.rows.times(self.times(q))
 
-    def spread(self, rows: Rows, c: Tensor) -> Tensor:
-        """Return D G c `(m,)` for c `(batch, r)`."""
-        return self.times(rows.transpose_times(c))
+    def spread(self, c: Tensor) -> Tensor:
+        """Return D G c for c `(batch, r)`."""
+        return self.times(self.rows.transpose_times(c))
+
+    def inner(self, c: Tensor) -> Tensor:
+        """Return N c `(batch, r)` for c `(batch, r)`."""
+        return self.rows.times(self.spread(c))
+
+    def trace(self) -> Tensor:
+        """Return the sum of the eigenvalues of N between all samples."""
+        return self.gram(False).diagonal(dim1=-2, dim2=-1).sum()
 
 
 @dataclass(frozen=True)
@@ -48,54 +53,97 @@ class Diagonal(Inverse):
     """A diagonal D.
 
     Attributes:
-        d: `(m,)`, or one number for all.
+        rows: G'.
+        d: One number for all, or of the form of the rows' vectors.
     """
 
+    rows: LayerRows
     d: Tensor
 
     def times(self, v: Tensor) -> Tensor:
         """Return D v."""
         return self.d * v
 
-    def gram(self, rows: Rows, whole: bool) -> Tensor:
+    def gram(self, whole: bool) -> Tensor:
         """Return N of (DD2)."""
-        if self.d.dim() == 0 and whole:
-            return self.d * rows.gram()[None]
-        weights = self.d.expand(sum(rows.sizes)).split(rows.sizes)
-        parts = [_gram(part, d, whole) for part, d in zip(rows.parts, weights, strict=True)]
-        return sum(parts[1:], parts[0])
+        return self.rows.gram(self.d, whole)
 
 
-def _gram(part: Part, d: Tensor, whole: bool) -> Tensor:
-    if isinstance(part, Plain):
-        return plain_gram(part.rows, d, whole)
-    out, inside = part.g.shape[-1], part.a.shape[-1]
-    d = d.view(inside, out).mT if part.transposed else d.view(out, inside)
-    return outer_gram(part.a, part.g, d, whole)
+class Turned(Inverse):
+    """A D that is diagonal in the eigenvectors of one Kronecker product (K5).
+
+    Args:
+        rows: G'.
+        d: Its entries there, `(out, columns)`.
+        basis: U_G and U_A.
+    """
+
+    def __init__(self, rows: Affine, d: Tensor, basis: tuple[Tensor, Tensor]) -> None:
+        self.rows: LayerRows = rows
+        self._basis, self._there = basis, Diagonal(rows.turned(basis), d)
+
+    def times(self, v: Tensor) -> Tensor:
+        """Return D v."""
+        return self._back(self._there.times(self._to(v)))
+
+    def gram(self, whole: bool) -> Tensor:
+        """Return N of (DD2)."""
+        return self._there.gram(whole)
+
+    def project(self, q: Tensor) -> Tensor:
+        """Return G'D q."""
+        return self._there.project(self._to(q))
+
+    def spread(self, c: Tensor) -> Tensor:
+        """Return D G c."""
+        return self._back(self._there.spread(c))
+
+    def inner(self, c: Tensor) -> Tensor:
+        """Return N c."""
+        return self._there.inner(c)
+
+    def _to(self, v: Tensor) -> Tensor:
+        return self._basis[0].mT @ v @ self._basis[1]
+
+    def _back(self, v: Tensor) -> Tensor:
+        return self._basis[0] @ v @ self._basis[1].mT
 
 
-def plain_gram(rows: Tensor, d: Tensor, whole: bool) -> Tensor:
-    """Return N of rows `(batch, r, m)` and d `(m,)`."""
-    flat = rows.reshape(1, -1, rows.shape[-1]) if whole else rows
-    return (flat * d) @ flat.mT
-
-
-def outer_gram(a: Tensor, g: Tensor, d: Tensor, whole: bool) -> Tensor:
-    """Return N of rows g a' (DD2), a `(batch, in)`, g `(batch, r, out)`, d `(out, in)`."""
-    if not whole:
-        return (g * (a.square() @ d.mT)[:, None]) @ g.mT
-    batch, r, out = g.shape
-    pairs = (a[:, None] * a).view(batch * batch, -1) @ d.mT
-    wide = (g[:, None] * pairs.view(batch, batch, 1, out)) @ g.mT  # (s, s', r, r)
-    return wide.transpose(1, 2).reshape(1, batch * r, batch * r)
-
-
-class KroneckerInverse(Inverse):
-    """lr (U diag(s) U' + delta I)^-1 of a layer (DD1).
+def kronecker_inverse(
+    rows: LayerRows,
+    controls: Controls,
+    where: Tensor,
+    metric: KroneckerMetric,
+    blocks: Mapping[str, Block],
+    delta: float,
+    lr: float,
+) -> Inverse:
+    """Return lr (U diag(s) U' + delta I)^-1 of a layer (DD1).
 
     What of (K6) reaches beyond the layer, the numbers made from parameters, is left out.
 
     Args:
+        rows: G'.
+        controls: The layer's parameters.
+        where: Their entries in u, `(m,)`.
+        metric: The metric.
+        blocks: Its blocks, by the name of every parameter in them.
+        delta: Damping.
+        lr: Learning rate.
+    """
+    block = blocks.get(controls.names[0])
+    if isinstance(rows, Affine) and block is not None and block.basis is not None:
+        named = controls.names[:: -1 if rows.weight else 1]
+        if [member.name for member in block.members] == named:
+            return Turned(rows, lr / (block.spectrum + delta), block.basis)
+    return KroneckerInverse(rows, controls, where, metric, delta, lr)
+
+
+class KroneckerInverse(Inverse):
+    """That of `kronecker_inverse` for a layer of any blocks.
+
+    Args:
+        rows: G'.
         controls: The layer's parameters.
         where: Their entries in u, `(m,)`.
         metric: The metric.
@@ -104,8 +152,15 @@ class KroneckerInverse(Inverse):
     """
 
     def __init__(
-        self, controls: Controls, where: Tensor, metric: KroneckerMetric, delta: float, lr: float
+        self,
+        rows: LayerRows,
+        controls: Controls,
+        where: Tensor,
+        metric: KroneckerMetric,
+        delta: float,
+        lr: float,
     ) -> None:
+        self.rows = rows
         self._sizes, self._names, self._lr = controls.sizes, controls.names, lr
         self._blocks = [
             (block, lr / (block.spectrum + delta)) for block in metric._blocks
@@ -115,7 +170,6 @@ class KroneckerInverse(Inverse):
         self._others, self._delta = [n for n in self._names if n not in covered], delta
         self._small, self._inverse = self._joint(where, metric)
         self._none = metric.gradient
-        self._last: tuple[Rows, tuple[Tensor, Tensor] | None] | None = None
 
     def _joint(self, where: Tensor, metric: KroneckerMetric) -> tuple[Tensor, Tensor | None]:
         """Return which entries lie in the block (K6), and its inverse."""
@@ -134,60 +188,28 @@ class KroneckerInverse(Inverse):
 
     def times(self, v: Tensor) -> Tensor:
         """Return D v."""
+        v = self.rows.flat(v)
         named = dict(zip(self._names, v.split(self._sizes, dim=-1), strict=True))
         found = {name: named[name] * (self._lr / self._delta) for name in self._others}
         for block, d in self._blocks:
             found |= _values(block, d * _coordinates(block, named))
         x = torch.cat([found[name] for name in self._names], dim=-1)
         if self._inverse is not None:
-            return x.index_copy(-1, self._small, v[..., self._small] @ self._inverse)
-        return x
+            x = x.index_copy(-1, self._small, v[..., self._small] @ self._inverse)
+        return self.rows.matrix(x)
 
-    def gram(self, rows: Rows, whole: bool) -> Tensor:
+    def gram(self, whole: bool) -> Tensor:
         """Return N of (DD2)."""
-        turned = self._turned(rows)
-        if turned is not None:
-            return outer_gram(*turned, self._blocks[0][1], whole)
-        parts = dict(zip(self._names, rows.parts, strict=True))
+        batch, r = self.rows.count
+        parts = dict(zip(self._names, self.rows.parts, strict=True))
         terms = [self._block_gram(block, d, parts, whole) for block, d in self._blocks]
         if self._inverse is not None:
             dense = torch.cat([parts[name].dense() for name in self._names], -1)
             w = dense[..., self._small]
             w = w.reshape(1, -1, w.shape[-1]) if whole else w
             terms.append(w @ self._inverse @ w.mT)
-        batch, r = rows.count
         shape = (1, batch * r, batch * r) if whole else (batch, r, r)
         return sum(terms, self._none.new_zeros(shape))
-
-    def project(self, rows: Rows, v: Tensor) -> Tensor:
-        """Return G'D v."""
-        turned = self._turned(rows)
-        if turned is None:
-            return super().project(rows, v)
-        (block, d), a, g = self._blocks[0], *turned
-        named = dict(zip(self._names, v.split(self._sizes), strict=True))
-        return ((g @ (d * _coordinates(block, named))) * a[:, None]).sum(-1)
-
-    def spread(self, rows: Rows, c: Tensor) -> Tensor:
-        """Return D G c."""
-        turned = self._turned(rows)
-        if turned is None:
-            return super().spread(rows, c)
-        (block, d), a, g = self._blocks[0], *turned
-        found = _values(block, d * ((c[:, None] @ g)[:, 0].mT @ a))
-        return torch.cat([found[name] for name in self._names])
-
-    def _turned(self, rows: Rows) -> tuple[Tensor, Tensor] | None:
-        """Return a and g of the rows in the eigenvectors, if the layer is one block of such."""
-        if len(self._blocks) != 1 or len(self._blocks[0][0].members) != len(self._names):
-            return None
-        if self._last is None or self._last[0] is not rows:
-            block, found = self._blocks[0][0], None
-            merged = _merged(block, dict(zip(self._names, rows.parts, strict=True)))
-            if merged is not None and block.basis is not None:
-                found = merged[0] @ block.basis[1], merged[1] @ block.basis[0]
-            self._last = rows, found
-        return self._last[1]
 
     @staticmethod
     def _block_gram(block: Block, d: Tensor, parts: dict[str, Part], whole: bool) -> Tensor:
@@ -195,7 +217,7 @@ class KroneckerInverse(Inverse):
         if merged is not None and block.basis is not None:
             a, g = merged
             U_G, U_A = block.basis
-            return outer_gram(a @ U_A, g @ U_G, d, whole)
+            return Affine(a @ U_A, g @ U_G, g[:, 0], 0, False, False).gram(d, whole)
         here = [member.name for member in block.members if member.name in parts]
         dense = _coordinates(block, {name: parts[name].dense() for name in here})
         shape = parts[here[0]].dense().shape[:2]

@@ -1,5 +1,6 @@
-"""A network on a batch as a trajectory: its layers, the states between them, their cotangents."""
+"""A network on a batch as a trajectory: the states between its layers, and their cotangents."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,67 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from deqlqr.controls import Controls
+from deqlqr.ddp_network import Network
+from deqlqr.ddp_rows import Affine, General, LayerRows
 from deqlqr.net_layers import NetLayers
-from deqlqr.phases import PhaseMap, _grouped, _through, phases_of
-from deqlqr.rows import Rows
+from deqlqr.rows import Outer, Rows
 from deqlqr.sensitivity import Sensitivity
-from deqlqr.state import StateShape
+from deqlqr.uses import Linear, MatMul, Shift, leaves_of
 
-
-@dataclass(frozen=True)
-class Network:
-    """What is found out once about a network.
-
-    Attributes:
-        model: The model.
-        layers: Returns its layers, functions state -> state.
-        shapes: Of what enters each layer.
-        controls: The parameters that have an effect.
-        own: Numbers of those of each layer.
-        parts: Those of each layer.
-        places: Their entries in u.
-    """
-
-    model: nn.Module
-    layers: Callable[[], Sequence[PhaseMap]]
-    shapes: Sequence[StateShape]
-    controls: Controls
-    own: Sequence[Sequence[int]]
-    parts: Sequence[Controls]
-    places: Sequence[Tensor]
-
-    @staticmethod
-    def of(net: NetLayers) -> "Network":
-        """Return what there is to know.
-
-        Raises:
-            ValueError: If a parameter acts in several layers.
-        """
-        used = [i for some in net.used for i in some]
-        twice = sorted({net.controls.names[i] for i in used if used.count(i) > 1})
-        if twice:
-            raise ValueError(
-                f"model must have each parameter in one layer only, got {', '.join(twice)} in more."
-            )
-        place = {i: j for j, i in enumerate(sorted(used))}
-        own = [[place[i] for i in some] for some in net.used[1:]]
-        controls, model = net.controls.part(sorted(used)), net.model
-        chain = _Groups(model) if type(model) is nn.Sequential else phases_of(model, net.x, (), {})
-        entries = torch.arange(controls.m, device=net.x.device).split(controls.sizes)
-        places = [torch.cat([entries[0][:0], *(entries[i] for i in some)]) for some in own]
-        parts = [controls.part(some) for some in own]
-        return Network(model, chain.phases, net._shapes[:-1], controls, own, parts, places)
-
-
-class _Groups:
-    """The phases of a plain `nn.Sequential`, without those of its subclasses' detours."""
-
-    def __init__(self, model: nn.Sequential) -> None:
-        self._groups = _grouped(model)
-
-    def phases(self) -> list[PhaseMap]:
-        """Return the functions state -> state."""
-        return [partial(_through, group) for group in self._groups]
+_MANY = 3  # cotangents from which on one pass for all of them is faster than one for each
 
 
 class _Walker(nn.Module):
@@ -104,27 +52,29 @@ class Trajectory(Sensitivity):
     def __init__(self, network: Network, x: Tensor) -> None:
         walker = _Walker(network)
         super().__init__(walker, network.controls, x)
-        self._inner, self._seen = walker.states[1:], list[Sequence[Tensor | None]]()
+        self._network, self._inner = network, walker.states[1:]
+        self._columns: list[Tensor] = []
         self.states = [state.detach() for state in walker.states]
 
-    def cotangents(self, c: Tensor) -> list[Tensor | None]:
-        """Return g of every use; those of the states are kept for `factors`."""
-        places: list[Any] = [*(use.edge for use in self.uses), *self._inner]
-        found = torch.autograd.grad(
-            self._y, places, c.to(self._y.dtype), retain_graph=True, allow_unused=True
-        )
-        self._seen.append(found[len(self.uses) :])
-        return list(found[: len(self.uses)])
+    def cotangents(self, c: Tensor, tol: float | None = None) -> list[Tensor | None]:
+        """Return g of every use."""
+        for j, known in enumerate(self._columns):
+            if known is c:  # one of those of `factors`
+                return [None if g is None else g[:, j] for g in self._g]
+        return super().cotangents(c, tol)
 
-    def factors(self, cotangents: Sequence[Tensor]) -> tuple[Rows, list[Tensor]]:
-        """Return the rows of cotangents, each (batch, k), and C_t of (DD6).
+    def factors(
+        self, cotangents: Sequence[Tensor], V_X: Tensor
+    ) -> tuple[list[LayerRows | None], list[Tensor]]:
+        """Return the rows and the gradient of each layer, and C_t of (DD6).
 
         Args:
-            cotangents: Of the outputs, r of them.
+            cotangents: Of the outputs, r of them, each (batch, k).
+            V_X: That of the loss.
 
         Returns:
-            G' of all parameters, and C of what enters each layer but the first,
-            `(batch, n_t, r)`.
+            G' of each layer, `None` for one without parameters, and C' of what enters each layer
+            but the first, `(batch, r, n_t)`.
 
         Raises:
             ValueError: If single samples have no gradient.
@@ -134,12 +84,89 @@ class Trajectory(Sensitivity):
                 f"model mixes the samples of a batch ({self.mixing} in training mode), so that "
                 "they have no feedback of their own: call model.eval()."
             )
-        self._seen = []
-        rows, C = Rows.of(self, cotangents), []
-        for t, state in enumerate(self.states[1:]):
-            parts = [seen[t] for seen in self._seen]
-            C.append(torch.stack([torch.zeros_like(state) if g is None else g for g in parts], -1))
-        return rows, C
+        last, once = super().cotangents(V_X), self._used_once()
+        self._columns = list(cotangents)
+        self._g, C = self._pulled_back()
+        layers: list[LayerRows | None] = [None] * len(self._network.parts)
+        others = []
+        for t, part in enumerate(self._network.parts):
+            numbers = [once.get(id(p), -1) for p in part.parameters]
+            weight = self._weight(numbers)
+            if weight is not None:
+                layers[t] = self._affine(numbers, weight, last)
+            elif numbers:
+                others.append(t)
+        if others:
+            rows, g = Rows.of(self, cotangents), self.pull(V_X).split(self.controls.sizes)
+            for t in others:
+                own = self._network.own[t]
+                some = Rows(tuple(rows.parts[i] for i in own), rows.count)
+                layers[t] = General(some, torch.cat([g[i] for i in own]))
+        return layers, C
+
+    def _pulled_back(self) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Return the columns' g of every use and C' of every inner state, `(batch, r, ...)`."""
+        places: list[Any] = [*(use.edge for use in self.uses), *self._inner]
+        pull = partial(
+            torch.autograd.grad, self._y, places, retain_graph=True, allow_unused=True
+        )  # fmt: skip
+        columns = [c.to(self._y.dtype) for c in self._columns]
+        if len(columns) >= _MANY and self._network.standard:
+            found = pull(torch.stack(columns), is_grads_batched=True)
+            wide: list[Tensor | None] = [
+                None if g is None else g.transpose(0, 1).contiguous() for g in found
+            ]
+        else:
+            each = zip(*(pull(c) for c in columns), strict=True)
+            wide = [None if gs[0] is None else torch.stack(gs, 1) for gs in each]
+        kinds = [use.operand.dtype for use in self.uses]
+        g = [v if v is None else v.to(kind) for v, kind in zip(wide, kinds, strict=False)]
+        none = lambda state: state.new_zeros(len(state), len(columns), *state.shape[1:])
+        inner = zip(wide[len(kinds) :], self.states[1:], strict=True)
+        return g, [none(state) if v is None else v for v, state in inner]
+
+    def _used_once(self) -> dict[int, int]:
+        """Return the number of the one use of each tensor that is used once, by its id."""
+        times = Counter(id(use.operand) for use in self.uses)
+        for use in self.uses:
+            if use.operand.grad_fn is not None:  # the leaves it is made from are used here too
+                times.update(id(leaf) for leaf in leaves_of(use.operand))
+        numbers = {id(use.operand): i for i, use in enumerate(self.uses)}
+        return {key: i for key, i in numbers.items() if times[key] == 1}
+
+    def _weight(self, numbers: Sequence[int]) -> int | None:
+        """Return which parameter of a layer is its weight, if its rows are of the form `Affine`.
+
+        Args:
+            numbers: Of the one use of each parameter; -1 if there are several.
+        """
+        if -1 in numbers or not 1 <= len(numbers) <= 2:
+            return None
+        uses = [self.uses[i] for i in numbers]
+        for place, use in enumerate(uses):
+            if isinstance(use, Linear) and use.a.dim() == 2:
+                rest = uses[:place] + uses[place + 1 :]
+                fits = all(isinstance(o, Shift) and o.edge == use.edge for o in rest)
+                return place if fits else None
+        return None
+
+    def _affine(self, numbers: Sequence[int], weight: int, last: Sequence[Tensor | None]) -> Affine:
+        """Return the rows of a layer.
+
+        Args:
+            numbers: Of the one use of each parameter.
+            weight: Which of them is the weight's.
+            last: Cotangents of every use, from V_X.
+        """
+        number, bias = numbers[weight], len(numbers) > 1
+        use, g, p = self.uses[number], self._g[number], last[number]
+        assert isinstance(use, Linear)  # noqa: S101  see `_weight`
+        a = use.inputs()[:, 0]
+        none = a.new_zeros(len(a), len(self._columns), Outer.width(use))
+        g, p = none if g is None else g, none[:, 0] if p is None else p
+        if bias:
+            a = torch.cat([a, torch.ones_like(a[:, :1])], 1)
+        return Affine(a, g, p, weight, isinstance(use, MatMul), bias)
 
 
 @dataclass(frozen=True)
@@ -165,14 +192,14 @@ class Linearized:
     y: Tensor
     loss: float
     V_X: Tensor
-    _rows: list[tuple[Rows, list[Tensor], Tensor]] = field(default_factory=list)
+    _rows: list[tuple[list[LayerRows | None], list[Tensor]]] = field(default_factory=list)
 
     def rows(
         self, cotangents: Callable[[Tensor], Sequence[Tensor]]
-    ) -> tuple[Rows, list[Tensor], Tensor]:
-        """Return G', C and g of (DD6); computed once."""
+    ) -> tuple[list[LayerRows | None], list[Tensor]]:
+        """Return G' and g of each layer, and C' of (DD6); computed once."""
         at = self.trajectory
         assert at is not None  # noqa: S101
         if not self._rows:
-            self._rows.append((*at.factors(cotangents(at.outputs)), at.pull(self.V_X)))
+            self._rows.append(at.factors(cotangents(at.outputs), self.V_X))
         return self._rows[0]

@@ -53,7 +53,7 @@ class NetLayers(Layers):
             self._require_same(y, walk.results[-1], self._connected(x))
         self.outputs = y.detach()
         # The output's place in front of layer 1, which does not look at it.
-        self._shapes = walk.shapes
+        self.shapes = walk.shapes
         self._values = [value.detach() for value in results]
         self._states = [self._values[-1], *walk.states[1:]]
         self.sizes = [state.shape[1] for state in self._states]
@@ -95,7 +95,7 @@ class NetLayers(Layers):
     def local(self, k: int, parameters: Sequence[int]) -> LocalPhase:
         """Return (u, s, x) -> s+ for one sample and layer k: s is (n,), s+ (n+,)."""
         part = self.controls.part(parameters)
-        before, after = self._shapes[k - 1], self._shapes[k]
+        before, after = self.shapes[k - 1], self.shapes[k]
 
         def local(u: Tensor, s: Tensor, x: Tensor) -> Tensor:
             value = x[None] if k == 1 else before.unflatten(s[None])

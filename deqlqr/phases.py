@@ -81,12 +81,12 @@ class LayerPhases:
     def __init__(
         self, block: nn.Sequential, z: Any, inputs: Sequence[Any], shared: dict[str, Any]
     ) -> None:
-        self._block, self._groups, self._shape = block, _grouped(block), StateShape.of(z)
+        self._block, self._groups, self._shape = block, grouped(block), StateShape.of(z)
         with torch.enable_grad():
             flat = self._shape.flatten(z).detach().requires_grad_()
             value = self._before(self._shape.unflatten(flat), inputs, shared)
             for layers in self._groups:
-                value = _through(layers, value)
+                value = through(layers, value)
             if not isinstance(value, Tensor):
                 raise ValueError(
                     f"the layers of {type(block).__name__} must return a tensor, got "
@@ -108,7 +108,7 @@ class LayerPhases:
                 z, value = self._unpacked(state) if k > 0 else (state, None)
                 if k == 0:
                     value = self._before(z, inputs, shared)
-                value = _through(groups[k], value)
+                value = through(groups[k], value)
                 if k == last:
                     return self._after(z, value, inputs, shared)
                 return self._packed(z, value)
@@ -162,7 +162,7 @@ class LayerPhases:
         return result
 
 
-def _grouped(block: nn.Sequential) -> list[list[nn.Module]]:
+def grouped(block: nn.Sequential) -> list[list[nn.Module]]:
     """Return the layers by phases, each with trainable parameters (but where there are none)."""
     groups: list[list[nn.Module]] = [[]]
     for layer in unnested(block):
@@ -200,7 +200,8 @@ class Phase(nn.Module):
         return self._chain.phases()[self._k](state)
 
 
-def _through(layers: Sequence[nn.Module], value: Any) -> Any:
+def through(layers: Sequence[nn.Module], value: Any) -> Any:
+    """Return what the layers make of a value, one after the other."""
     for layer in layers:
         value = layer(value)
     return value

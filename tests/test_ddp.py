@@ -17,15 +17,19 @@ from deqlqr import (
     DenseBlock,
     ImplicitNGD,
     Kronecker,
+    ddp_backward,
     solve_finite_lqr,
 )
 from deqlqr.bench_ddp import VARIANTS, bench_ddp, table
 from deqlqr.data import load_data
 from deqlqr.ddp import DDP
-from deqlqr.ddp_backward import _next, sweep
+from deqlqr.ddp_backward import sweep
 from deqlqr.ddp_base import EKFAC, SGD, Full, RMSprop
 from deqlqr.ddp_forward import roll_out
-from deqlqr.ddp_inverse import Diagonal
+from deqlqr.ddp_inverse import Diagonal, Turned
+from deqlqr.ddp_rows import Affine
+from deqlqr.ddp_value import Applied, Formed, regularised
+from deqlqr.ddp_value import less as reduced
 
 from .problems import randn
 
@@ -186,7 +190,8 @@ def test_ekfac_has_its_own_inverse_at_every_layer(kind: str) -> None:
     inverses = []
     for t, gain in enumerate(found.gains):
         if t:
-            D = gain.D.times(torch.eye(dense.m[t], dtype=x.dtype))
+            rows, unit = gain.D.rows, torch.eye(dense.m[t], dtype=x.dtype)
+            D = rows.flat(gain.D.times(rows.matrix(unit)))
             torch.testing.assert_close(D, D.mT)
             assert float(torch.linalg.eigvalsh(D).min()) > 0
             assert float(torch.linalg.eigvalsh(D).max()) <= 0.02 / 0.5 + 1e-12
@@ -378,16 +383,16 @@ def test_with_the_exact_inverse_a_variants_recursion_is_that_of_full_ddp() -> No
     dense, full = Augmented(model, x, y), DDP(model, base="full", damping=0.1).policy(x, y)
     opt = DDP(model, base="sgd")
     at = opt._linearized(x, y)
-    rows, C, g = at.rows(opt._cotangents)
+    rows, C = at.rows(opt._cotangents)
 
     class Exact(Diagonal):
         """(Q_uu + 0.1 I)^-1, found from K = -D Q_uX of full DDP's own V_XX."""
 
         def times(self, v: Tensor) -> Tensor:
-            return v @ self.d
+            return self.rows.matrix(self.rows.flat(v) @ self.d)
 
-        def gram(self, rows, whole: bool) -> Tensor:
-            G = rows.dense().flatten(0, 1)
+        def gram(self, whole: bool) -> Tensor:
+            G = self.rows.dense().flatten(0, 1)
             return (G @ self.d @ G.mT)[None]
 
     V_XX, inverses = dense.V_XX, {}
@@ -397,11 +402,10 @@ def test_with_the_exact_inverse_a_variants_recursion_is_that_of_full_ddp() -> No
         inverses[t], Q_uX = torch.linalg.inv(Q_uu), F_u.mT @ V_XX @ F_X
         V_XX = F_X.mT @ V_XX @ F_X - Q_uX.mT @ inverses[t] @ Q_uX
     found = sweep(
-        rows, C, at.network.own, g, torch.zeros_like(g), lambda t, q: Exact(inverses[t]),
-        mu=0.0, whole=True,
+        rows, C, None, lambda t, rows, q: Exact(rows, inverses[t]), mu=0.0, whole=True
     )  # fmt: skip
     assert found.regularised == 0
-    torch.testing.assert_close(found.Q_u, full.Q_u)
+    torch.testing.assert_close(at.network.joined(found.Q_u), full.Q_u)
     for gain, expected in zip(found.gains[1:], full.gains[1:], strict=True):
         torch.testing.assert_close(gain.dense(), expected.dense())
 
@@ -411,7 +415,7 @@ def test_a_short_roll_out_is_the_linear_policy(base: str) -> None:
     model, (x, y) = net("residual"), batch()
     dense, opt = Augmented(model, x, y), DDP(model, base=base, lr=0.02, damping=0.1)
     before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    found, network = opt.policy(x, y), opt._network[1]
+    found, network = opt.policy(x, y), opt._known._found[1]
     length, dX, expected = 1e-6, torch.zeros_like(x).reshape(-1), []
     for t, k in enumerate(split(found.k, dense.m)):
         gain = found.gains[t]
@@ -424,6 +428,141 @@ def test_a_short_roll_out_is_the_linear_policy(base: str) -> None:
                                rtol=1e-4, atol=1e-6)  # fmt: skip
     torch.testing.assert_close(outputs, model(x).detach())
     assert float(answers.norm()) > 1e-6 * length
+
+
+class Product(nn.Module):
+    """x W + b with the weight stored (in, out), and the bias first."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(outside))
+        self.weight = nn.Parameter(torch.randn(outside, inside) / inside**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Transposed(Product):
+    """The same without bias, as a product of matrices."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__(outside, inside)
+        self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def six_outputs(seed: int = 0) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A network of five layers whose Lambda has more columns than are pulled back one by one."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), Product(6, 5), nn.Tanh(), Transposed(5, 6), nn.Tanh(),
+        nn.Linear(6, 5, bias=False), nn.Sigmoid(), nn.Linear(5, 6),
+    )  # fmt: skip
+    return model.double(), randn(7, 4, seed=seed), torch.arange(7) % 6
+
+
+@pytest.mark.parametrize("standard", [False, True])
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+def test_layers_of_every_form_have_the_policy_of_the_recursion(base: str, standard: bool) -> None:
+    model, x, y = six_outputs()
+    if standard:
+        model[2], model[4] = nn.Linear(6, 5).double(), nn.Linear(5, 6).double()
+    dense = Augmented(model, x, y)
+    opt = DDP(model, base=base, lr=0.05 if base == "sgd" else 1e-3, damping=0.3)
+    found = opt.policy(x, y)
+    diagonals = [torch.as_tensor(0.05 / (1 + 0.05 * 0.3), dtype=x.dtype)] * 5
+    if base == "rmsprop":
+        v = 0.01 * found.Q_u.square()
+        d = 1e-3 / (v.sqrt() + 1e-8)
+        diagonals = list(split(1 / (1 / d + 0.3), dense.m))
+    _, K = dense.sweep(
+        lambda t: (
+            diagonals[t] * torch.eye(dense.m[t], dtype=x.dtype)
+            if diagonals[t].dim() == 0
+            else torch.diag(diagonals[t])
+        )
+    )
+    assert found.regularised == 0
+    for gain, expected in zip(found.gains[1:], K[1:], strict=True):
+        torch.testing.assert_close(gain.dense(), expected)
+
+
+def test_layers_of_every_form_have_the_inverse_of_ekfacs_own_step() -> None:
+    model, x, y = six_outputs()
+    opt = DDP(model, base=EKFAC(), lr=0.02, damping=0.5)
+    opt.step(x, y)
+    found, m = opt.policy(x, y), [part.m for part in opt._known._found[1].parts]
+    for gain, k, q in zip(found.gains, split(found.k, m), split(found.Q_u, m), strict=True):
+        if gain is not None:
+            assert isinstance(gain.D, Turned)
+            rows = gain.D.rows
+            torch.testing.assert_close(rows.flat(gain.D.times(rows.matrix(-q))), k)
+
+
+@pytest.mark.parametrize("base", ["sgd", "rmsprop", "ekfac"])
+@pytest.mark.parametrize("mu", [0.0, 0.05])
+def test_a_value_that_is_applied_is_the_one_that_is_formed(
+    base: str, mu: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, y = six_outputs()
+    lr = {"sgd": 0.05, "rmsprop": 1e-4, "ekfac": 0.02}[base]
+    opt = DDP(model, base=base, lr=lr, damping=0.5, state_damping=mu)
+    policies = []
+    for applied in (True, False):
+        monkeypatch.setattr("deqlqr.ddp_backward._sooner_applied", lambda *_, to=applied: to)
+        policies.append(opt.policy(x, y))
+    kinds = [{type(gain.S) for gain in found.gains[1:-1]} for found in policies]
+    assert kinds == [{Applied}, {Formed}]
+    torch.testing.assert_close(policies[0].Q_u, policies[1].Q_u)
+    for gain, expected in zip(policies[0].gains[1:], policies[1].gains[1:], strict=True):
+        torch.testing.assert_close(gain.dense(), expected.dense())
+
+
+def test_a_value_that_may_lose_its_sign_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = six_outputs()
+    monkeypatch.setattr("deqlqr.ddp_backward._sooner_applied", lambda *_: True)
+    found = DDP(model, base="sgd", lr=50.0, damping=0.0).policy(x, y)
+    assert found.regularised > 0 and all(isinstance(g.S, Formed) for g in found.gains[1:])
+
+
+def test_what_is_applied_bounds_the_eigenvalues_of_n_from_above() -> None:
+    model, x, y = six_outputs()
+    for gain in DDP(model, base="rmsprop", lr=0.01).policy(x, y).gains[1:]:
+        top = float(torch.linalg.eigvalsh(gain.D.gram(True))[0, -1])
+        norm = float(torch.linalg.matrix_norm(gain.D.gram(True))[0])
+        assert 0 < top <= norm * (1 + 1e-9) and norm <= float(gain.D.trace()) * (1 + 1e-9)
+        c = randn(*gain.D.rows.count)
+        torch.testing.assert_close(
+            gain.D.inner(c).reshape(-1), gain.D.gram(True)[0] @ c.reshape(-1)
+        )
+
+
+def test_s_is_formed_where_it_is_small_or_the_layers_are_many() -> None:
+    def rows(batch: int, r: int, width: int) -> Affine:
+        a, g = torch.zeros(batch, width + 1), torch.zeros(batch, r, width)
+        return Affine(a, g, g[:, 0], 0, False, True)
+
+    chosen = lambda count, *size: ddp_backward._sooner_applied([rows(*size)] * count, False)
+    assert chosen(4, 64, 9, 20) and chosen(4, 64, 9, 128) and chosen(4, 64, 1, 128)
+    assert not chosen(4, 8, 9, 20) and not chosen(4, 64, 1, 20) and not chosen(19, 64, 9, 20)
+
+
+def test_a_parameter_without_samples_gradients_is_refused() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(6, 4, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    model = nn.Sequential(nn.Linear(4, 4).double(), Whole(), nn.Linear(4, 3).double())
+    with pytest.raises(ValueError, match="a parameter of shape"):
+        DDP(model, base="sgd", lr=0.1).step(*batch())
+    with torch.nn.utils.parametrize.cached(), pytest.raises(ValueError, match="cached"):
+        DDP(net(), base="sgd", lr=0.1).step(*batch())
 
 
 def test_the_state_damping_of_a_variant_is_a_cost_of_what_the_outputs_see() -> None:
@@ -472,13 +611,14 @@ def test_the_value_hessian_stays_positive_semidefinite(
 ) -> None:
     L, G = randn(2, size, rank, seed=seed), 10**scale * randn(2, size, rank, seed=seed + 1)
     S, N = L @ L.mT, G @ G.mT
-    gain, less, bad = _next(S, N)
+    damped = regularised(S, N)
+    gain, less = (S, reduced(S, N)) if damped is None else damped
     values = torch.linalg.eigvalsh(less)
     top = torch.linalg.eigvalsh(S)[:, -1:]
     assert bool((values >= -1e-9 * top).all()) and bool((values <= top * (1 + 1e-9)).all())
     exact = S - S @ N @ S
     if bool((torch.linalg.eigvalsh(exact) > 1e-6 * top).all()):
-        assert bad == 0 and torch.equal(gain, S)
+        assert damped is None
         torch.testing.assert_close(less, exact)
 
 
