@@ -12,7 +12,7 @@ from deqlqr._linalg import all_finite
 from deqlqr.controls import Controls
 from deqlqr.ddp_base import Base, Full
 from deqlqr.net_layers import NetLayers
-from deqlqr.phases import PhaseMap, grouped, through, phases_of
+from deqlqr.phases import PhaseMap, grouped, phases_of, through
 from deqlqr.solution import ConvergenceError
 from deqlqr.state import StateShape
 

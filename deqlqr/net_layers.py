@@ -20,6 +20,9 @@ from deqlqr.substitution import called_with
 class NetLayers(Layers):
     """An explicit network: an `nn.Sequential`, or a module with a method `phases()`.
 
+    Attributes:
+        shapes: The `StateShape` of the input and of what leaves each layer.
+
     Raises:
         ValueError: If the model or x does not fit, or the model has no phases or wrong ones.
     """
