@@ -7,7 +7,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from deqlqr.bench import timed
+from deqlqr.bench import in_turn
 from deqlqr.fixed_point import fixed_point
 from deqlqr.solution import ConvergenceError
 
@@ -112,7 +112,7 @@ def _row(
         f, z0, inputs=inputs, solver=solver, tol=_TOL, max_steps=1000, throw=False
     )
     try:
-        seconds, found = timed(solve)
+        found = solve()
     except ConvergenceError as error:
         raise RuntimeError(f"{solver} failed on {problem!r}: {error}") from error
 
@@ -122,6 +122,7 @@ def _row(
             z = f(z, *inputs)
         return z
 
+    (seconds, _), (plain_seconds, _) = in_turn([solve, plain])
     return FixedPointRow(
         problem=problem,
         solver=solver,
@@ -130,5 +131,5 @@ def _row(
         rows=found.rows,
         least_rows=int(found.evaluations.sum()),
         seconds=seconds,
-        plain_seconds=timed(plain)[0],
+        plain_seconds=plain_seconds,
     )

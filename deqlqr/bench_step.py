@@ -17,7 +17,7 @@ from torch import nn
 from deqlqr.blocks import ConvBlock
 from deqlqr.deq import DEQ
 from deqlqr.optim import ImplicitNGD
-from deqlqr.routes import Kronecker, Krylov
+from deqlqr.routes import Kronecker, Krylov, Sampled
 
 _ROUNDS = 4  # each step is timed so many times, in turn; the best counts
 _STEPS = {"kronecker": 50}  # a round: what happens every 50 steps is in it once
@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kronecker": {"route": Kronecker(), "check_every": 10},
     "sampled": {"route": "sampled", "check_every": 10},
     "sampled, checked": {"route": "sampled"},
+    "sampled, exact rows": {"route": Sampled(tol=None), "check_every": 10},
     "output": {"route": "output", "check_every": 10},
     "krylov, 10 iterations": {
         "route": Krylov(max_steps=10, progress=0.0, tol=0.0), "check_every": 10,

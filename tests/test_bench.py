@@ -14,6 +14,7 @@ from deqlqr.cli import main
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(bench, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "_ROUNDS", 1)
 
 
 def test_every_row_is_measured_and_the_solvers_agree():
