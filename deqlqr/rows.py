@@ -309,10 +309,13 @@ class _Derived:
             weights = weights.view(size, *operand.shape)
         else:
             weights = flat
+        batched = len(weights) != 1  # at a price, which one number does not pay
         grads = torch.autograd.grad(
-            operand, self.parameters, weights, retain_graph=True, allow_unused=True,
-            is_grads_batched=True,
+            operand, self.parameters, weights if batched else weights[0], retain_graph=True,
+            allow_unused=True, is_grads_batched=batched,
         )  # fmt: skip
+        if not batched:
+            grads = tuple(None if grad is None else grad[None] for grad in grads)
         found: list[tuple[Tensor, Tensor]] = []
         for p, grad in zip(self.parameters, grads, strict=True):
             if grad is not None:
