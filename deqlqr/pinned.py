@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from deqlqr.adjoint import Implicit, make_adjoint
 from deqlqr.call import Call
 from deqlqr.resolvent import Product, Resolvent
-from deqlqr.uses import Uses
+from deqlqr.uses import Precision, Uses
 
 
 def pinned(call: Call, uses: Uses) -> Any:
@@ -33,14 +33,14 @@ def pinned(call: Call, uses: Uses) -> Any:
         z = call.solve().detach().requires_grad_()
     uses.mark(z)
     fz = call.direct(z)
-    return call.shape.unflatten(_AtFixedPoint.apply(fz, _Pin(call, z, fz, uses)))
+    return call.shape.unflatten(_AtFixedPoint.apply(fz, _Pin(call, z, fz, uses.precision)))
 
 
 class _Pin:
     """(I - A')^-1 and (I - A)^-1 of one forward pass."""
 
-    def __init__(self, call: Call, z: Tensor, fz: Tensor, uses: Uses) -> None:
-        self.call, self.z, self.fz, self.uses = call, z, fz, uses
+    def __init__(self, call: Call, z: Tensor, fz: Tensor, precision: Precision) -> None:
+        self.call, self.z, self.fz, self.precision = call, z, fz, precision
         self._solvers: dict[str, Resolvent] = {}
         self._pulled: tuple[Tensor, Tensor] | None = None
 
@@ -82,7 +82,7 @@ class _Pin:
         if kind not in self._solvers:
             tol = layer.solver.tolerance(right.dtype)
             self._solvers[kind] = adjoint.resolvent(product, self.z.shape[1], tol)
-        rough = self.uses.rough if kind == "adjoint" else None
+        rough = self.precision.tol if kind == "adjoint" else None
         return self.call.solve_linear(product, right, self._solvers[kind], rough)
 
 

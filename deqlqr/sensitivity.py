@@ -46,7 +46,7 @@ class Sensitivity:
         self.outputs = self._y.detach().to(torch.promote_types(self._y.dtype, torch.float32))
         self.uses: list[Use] = recorder.found
         self.mixing = recorder.mixing
-        self._recorder = recorder
+        self._refused, self._precision = recorder.refused, recorder.precision
         self._pulled: tuple[Tensor, Tensor] | None = None
 
     def pull(self, c: Tensor) -> Tensor:
@@ -73,16 +73,16 @@ class Sensitivity:
         Raises:
             ValueError: If the model uses a parameter in a way that has no gradient of samples.
         """
-        if self._recorder.refused is not None:
-            raise ValueError(self._recorder.refused)
+        if self._refused is not None:
+            raise ValueError(self._refused)
         edges = [use.edge for use in self.uses]
-        self._recorder.rough = tol
+        self._precision.tol = tol
         try:
             found = torch.autograd.grad(
                 self._y, edges, c.to(self._y.dtype), retain_graph=True, allow_unused=True
             )
         finally:
-            self._recorder.rough = None
+            self._precision.tol = None
         kept: dict[tuple, Tensor] = {}  # what is one tensor stays one: its uses belong together
         result: list[Tensor | None] = []
         for use, g in zip(self.uses, found, strict=True):

@@ -225,6 +225,19 @@ def leaves_of(tensor: Tensor) -> list[Tensor]:
     return leaves
 
 
+@dataclass
+class Precision:
+    """How well adjoint solves are to be done, for now.
+
+    Kept apart from `Uses`, which holds the graph: the graph's own nodes look here.
+
+    Attributes:
+        tol: Relative residual; `None` takes the layers'.
+    """
+
+    tol: float | None = None
+
+
 class Uses(TorchFunctionMode):
     """Within this context every operation that mixes parameters with data is recorded.
 
@@ -233,7 +246,7 @@ class Uses(TorchFunctionMode):
         mixing: Name of an operation that mixes the samples of a batch, if one was met.
         refused: Why single samples have no gradient, if an operation was met that has none.
         paused: Record nothing for now.
-        rough: Tolerance of adjoint solves in place of the layers', for now.
+        precision: Of the adjoint solves of what is recorded.
     """
 
     def __init__(self, batch: int) -> None:
@@ -243,7 +256,7 @@ class Uses(TorchFunctionMode):
         self.mixing: str | None = None
         self.refused: str | None = None
         self.paused = False
-        self.rough: float | None = None
+        self.precision = Precision()
         self._data: dict[int, weakref.ref[Tensor]] = {}
 
     @contextmanager

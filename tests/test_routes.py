@@ -1,6 +1,7 @@
 """Tests for `routes.py`, `output_space.py`, `krylov.py` and `kronecker.py`."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -423,6 +424,18 @@ def test_random_rows_may_be_rough_and_the_gradient_is_not(monkeypatch):
     error = relative(found[1].rows.dense(), found[0].rows.dense())
     assert 1e-6 < error < 2e-2 and abs(scores[0] - scores[1]) < 5e-3
     assert counts[1] < 0.8 * counts[0]
+
+
+@pytest.mark.parametrize("route", [Dare(), Output(), Sampled(), Krylov(), Kronecker()])
+def test_no_graph_outlives_its_step(route):
+    model, (x, y) = dense_model(), dense_batch()
+    optimizer = ImplicitNGD(model, route=route, damping=0.1)
+    alive = []
+    for _ in range(4):
+        optimizer.step(x, y)
+        gc.collect()
+        alive.append(sum(type(o).__name__ in ("_Pin", "Call") for o in gc.get_objects()))
+    assert alive[-1] == alive[0]
 
 
 @pytest.mark.parametrize("seed", range(4))
