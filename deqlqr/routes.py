@@ -248,7 +248,7 @@ class Sampled(_OfOutputs, Options):
 
     samples: int = 1
     seed: int = 0
-    tol: float | None = 0.05
+    tol: float | None = 0.1
 
     def __post_init__(self) -> None:
         count("samples", self.samples)
