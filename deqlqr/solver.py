@@ -187,7 +187,8 @@ class Solver(Options):
                 return self._solve_together(run, step)
             if run.over:
                 break
-            z = memory.propose(run.f, Iterate(run.z, fz, run.r, growth, run.best_fz))
+            at = Iterate(run.z, fz, run.r, growth, run.best_fz, run.plain)
+            z = memory.propose(run.f, at)
             run.advance(z, plain=z is fz)
         return run.solution()
 
@@ -212,6 +213,7 @@ class Iterate(NamedTuple):
         r: f(z) - z.
         growth: Residual over the best one seen before, `(batch,)`; `None` where all rows improved.
         best_fz: f at the best iterate of each row.
+        plain: z is the last f(z), of all rows.
     """
 
     z: Tensor
@@ -219,6 +221,7 @@ class Iterate(NamedTuple):
     r: Tensor
     growth: Tensor | None
     best_fz: Tensor
+    plain: bool
 
 
 class Memory:

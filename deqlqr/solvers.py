@@ -122,13 +122,13 @@ class _Anderson(Memory):
         ridge = torch.finfo(z.dtype).eps if solver.ridge is None else solver.ridge
         self.ridged = 1 + identity_like(self.gram) * ridge
         self.least = z.new_zeros(batch, m, dtype=dtype)  # diagonal that Cholesky must leave
-        self.solver, self.fz, self.r, self.step, self.plain = solver, z, z, 0, False
+        self.solver, self.fz, self.r, self.step = solver, z, z, 0
 
     def propose(self, f: RowMap, at: Iterate) -> Tensor:
         period = self.solver.period
         if self.step > 0:
             slot = (self.step - 1) % self.solver.memory
-            if self.plain:
+            if at.plain:
                 self.dF[:, slot] = at.r  # f(z) - z, where z is the last f(z)
             else:
                 torch.sub(at.fz, self.fz, out=self.dF[:, slot])
@@ -138,9 +138,7 @@ class _Anderson(Memory):
         z = at.fz
         if self.step > 1 and (self.step - 1) % period == 0:
             z = self._extrapolated(at.fz, at.r, slice(slot + 1 - period, slot + 1))
-        z = z if restart is None else torch.where(restart[:, None], at.best_fz, z)
-        self.plain = z is at.fz
-        return z
+        return z if restart is None else torch.where(restart[:, None], at.best_fz, z)
 
     def _extrapolated(self, fz: Tensor, r: Tensor, new: slice) -> Tensor:
         """Return the iterate of (FP3); the slots `new` were filled since the last time."""

@@ -28,7 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-_CACHED = 2**17  # numbers
+_CACHED = 2**17  # numbers that stay in a CPU's cache while they are copied and used
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,11 @@ class ConvTranspose2d(Use):
 
     def _places(self, g: Tensor) -> int:
         """Return how many places the kernel has along the last axis of g."""
-        last = lambda option: option if isinstance(option, int) else option[-1]
-        reach = last(self.dilation) * (self.operand.shape[3] - 1) + 1
-        return (g.shape[3] + 2 * last(self.padding) - reach) // last(self.stride) + 1
+        stride, padding, dilation = (
+            _pair(option)[1] for option in (self.stride, self.padding, self.dilation)
+        )
+        reach = dilation * (self.operand.shape[3] - 1) + 1
+        return (g.shape[3] + 2 * padding - reach) // stride + 1
 
 
 @dataclass(frozen=True)
