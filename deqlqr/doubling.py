@@ -13,6 +13,10 @@ Composed around the cycle they are one map of P to itself; composing that with i
           in a cycle with the same alpha at every phase
 
 Each step of (R5) squares the closed loop, so the error after k steps is O(rho(A_cl)^(2^k)).
+Where controls are clearly fewer than states, the first step of a DARE takes m x m factors, not
+n x n, by the matrix inversion lemma:
+
+    (R5a) S = R + B'H_0 B,   W^-1 A_0 = A_0 - B S^-1 B'H_0 A_0,   W^-1 G_0 = B S^-1 B'
 
 Source: Chu, Fan, Lin, Wang (2004), Structure-preserving algorithms for periodic discrete-time
 algebraic Riccati equations, Int. J. Control 77(8). doi:10.1080/00207170410001714988.
@@ -26,11 +30,12 @@ from torch import Tensor
 
 from deqlqr._linalg import LUFactor, identity_like, lu_factor, norm, sym
 from deqlqr.cycle import Cycle
-from deqlqr.dare import Eliminated
+from deqlqr.dare import Dare, Eliminated
 from deqlqr.scan import Chain
 from deqlqr.solution import DareResult
 
 _LATE = 15
+_MOST = 1e30  # size of P, where that of the costs is 1, above which P counts as infinite
 
 
 class Limit(NamedTuple):
@@ -53,7 +58,9 @@ def double(cycle: Cycle, max_steps: int, alpha: Tensor | None = None) -> Limit:
     singular = cycle.reduce((problem.cost.singular for problem in eliminated), torch.any)
     chain = Chain(cycle.unbind((e.A, e.G, e.H) for e in eliminated), _composed)
     A, G, H = chain.whole
-    first, iterations, broken = _double(A, G, H, singular, max_steps)
+    n, m = posed[0].B.shape[-2:]
+    thin = posed[0] if len(cycle.sizes) == 1 and 4 * m <= 3 * n else None
+    first, iterations, broken = _double(A, G, H, singular, max_steps, thin)
     ends = chain.ends(first, _start)
     P = [ends[-1], *ends[:-1]]
     if alpha is None:
@@ -91,17 +98,80 @@ def _start(link: tuple[Tensor, ...], P_next: Tensor) -> Tensor:
     return H + sym(A.mT @ (P_next @ solved))
 
 
+class _Full(NamedTuple):
+    """W^-1 of (R5) by its own factors."""
+
+    W: LUFactor
+
+    @staticmethod
+    def of(G: Tensor, H: Tensor) -> "_Full":
+        # W' = I + H G is what is stored: LAPACK, which counts by columns, then takes it as it is.
+        W_transposed = torch.bmm(H, G)
+        W_transposed.diagonal(dim1=-2, dim2=-1).add_(1)
+        return _Full(lu_factor(W_transposed.mT))
+
+    def loop(self, T: Tensor) -> Tensor:
+        """Return (W^-1 A)' for T = A'."""
+        return self.W.solve(T.mT).mT
+
+    def grown(self, G: Tensor, T: Tensor) -> Tensor:
+        """Return the next G."""
+        WGA = torch.bmm(self.W.solve(G.mT).mT, T)  # (A W^-1 G)'
+        return torch.baddbmm(G, WGA.mT, T)
+
+    def pick(self, index: Tensor) -> "_Full":
+        """Return elements of the batch."""
+        return _Full(LUFactor(*(X[index] for X in self.W)))
+
+
+class _Thin(NamedTuple):
+    """W^-1 of the first step by (R5a)."""
+
+    S: LUFactor
+    B: Tensor
+    HB: Tensor
+
+    @staticmethod
+    def of(dare: Dare, H: Tensor) -> "_Thin":
+        B, R = dare.B, dare.R.dense()
+        B, R = (X.reshape(len(H), *X.shape[-2:]) for X in (B, R))
+        HB = torch.bmm(H, B)
+        return _Thin(lu_factor(sym(torch.baddbmm(R, B.mT, HB))), B, HB)
+
+    def loop(self, T: Tensor) -> Tensor:
+        """Return (W^-1 A)' for T = A'."""
+        K_transposed = self.S.solve(torch.bmm(T, self.HB).mT).mT
+        return torch.baddbmm(T, K_transposed, self.B.mT, alpha=-1)
+
+    def grown(self, G: Tensor, T: Tensor) -> Tensor:
+        """Return the next G."""
+        AB = torch.bmm(T.mT, self.B)
+        return torch.baddbmm(G, AB, self.S.solve(AB.mT))
+
+    def pick(self, index: Tensor) -> "_Thin":
+        """Return elements of the batch."""
+        return _Thin(LUFactor(*(X[index] for X in self.S)), self.B[index], self.HB[index])
+
+
 def _double(
-    A: Tensor, G: Tensor, H: Tensor, singular: Tensor, max_steps: int
+    A: Tensor, G: Tensor, H: Tensor, singular: Tensor, max_steps: int, thin: Dare | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the limit, the steps and the codes; elements that are done leave the batch."""
+    """Return the limit, the steps and the codes; elements that are done leave the batch.
+
+    Args:
+        A: (R4)'s, with G and H, of the phase or of all composed.
+        G: See A.
+        H: See A.
+        singular: Elements that are not to be solved.
+        max_steps: Most steps.
+        thin: The DARE itself, if its first step is (R5a).
+    """
     *batch, n = A.shape[:-1]
     flat = lambda X: X.reshape(math.prod(batch), n, n)
     broken = torch.where(singular, DareResult.NONE, 0).long().flatten()
     running = broken == 0
-    # T = A' and W' = I + H G are what is stored: LAPACK, which counts by columns, then takes them
-    # without a copy. G and H are symmetric; H is made so once, at the end.
-    T, G, H = flat(A.mT), flat(G), flat(H)
+    T, G, H = flat(A.mT), flat(G), flat(H)  # T = A'; G and H are symmetric, H made so at the end
+    W: _Full | _Thin
     P, steps = H.clone(), torch.zeros_like(broken)
     code, taken = broken.clone(), steps.clone()
     index = torch.arange(len(P), device=P.device)  # of the elements still in the batch
@@ -110,17 +180,16 @@ def _double(
     least = torch.full_like(broken, rounding, dtype=P.dtype)  # change that asks for another step
     check_every = 1 if P.device.type == "cpu" else 3
     for step in range(max_steps):
-        W_transposed = torch.bmm(H, G)
-        W_transposed.diagonal(dim1=-2, dim2=-1).add_(1)
-        W = lu_factor(W_transposed.mT)
-        WA_transposed = W.solve(T.mT).mT
+        W = _Full.of(G, H) if step or thin is None else _Thin.of(thin, H)
+        WA_transposed = W.loop(T)
         dH = torch.bmm(T, torch.bmm(WA_transposed, H).mT)
         H_next = H + dH  # (R5)
         size = norm(H_next)
         ratio = norm(dH) / size.clamp(min=info.tiny)
         taken += running
-        finite = running & (size < torch.inf)
-        # A finite problem whose iterates overflow or break down has P at infinity.
+        finite = running & (size < _MOST)
+        # A finite problem whose iterates outgrow its costs without bound, or break down, has P at
+        # infinity: nothing of H is known that far below its size.
         code = code.masked_fill(running ^ finite, DareResult.NONE)
         H = _where(finite, H_next, H)
         # Changes go as r <- c r^2, so the next is foreseen from two; one that drowns in rounding
@@ -135,10 +204,9 @@ def _double(
             index, running, taken, code = index[keep], running[keep], taken[keep], code[keep]
             ratio, least = ratio[keep], least[keep]
             H, T, G, WA_transposed = (X[keep] for X in (H, T, G, WA_transposed))
-            W = LUFactor(*(X[keep] for X in W))
+            W = W.pick(keep)
         # Only now, for the last step of an element does not ask for it.
-        WGA = torch.bmm(W.solve(G.mT).mT, T)  # (A W^-1 G)'
-        G = torch.baddbmm(G, WGA.mT, T)  # (R5)
+        G = W.grown(G, T)
         T = torch.bmm(WA_transposed, T)
     else:
         P[index], steps[index] = H, taken

@@ -21,6 +21,8 @@ from deqlqr import (
     static_step,
     steady_state,
 )
+from deqlqr.dare import Dare, Eliminated
+from deqlqr.doubling import _Full, _Thin
 
 from .problems import DTYPES, make_lqr, randn, relative
 
@@ -89,6 +91,40 @@ def test_undetectable_unstable_mode_gives_the_stabilising_not_the_minimal_soluti
     dare = solve_dare(A, B, 0 * I2, torch.eye(1).double())
     assert dare.P.norm() > 1  # the minimal solution P = 0 has residual 0 and does not stabilise
     assert torch.linalg.eigvals(A - B @ dare.K).abs().max() < 1
+
+
+@pytest.mark.parametrize("n, m", [(2, 1), (4, 2), (6, 3), (8, 8)])
+def test_a_mode_that_costs_and_is_not_controlled_has_no_solution(n, m):
+    A, B = randn(20, n, n) / n**0.5, randn(20, n, m)
+    A[:, 0], B[:, 0] = 0, 0
+    A[:, 0, 0] = torch.linspace(1.05, 3.0, 20)
+    Q, R = torch.eye(n).double().expand(20, n, n), torch.eye(m).double().expand(20, m, m)
+    assert (solve_dare(A, B, Q, R, throw=False).result == DareResult.NONE).all()
+
+
+@pytest.mark.parametrize("n", [1, 3], ids=["full", "thin"])
+@pytest.mark.parametrize("b", [1e-4, 1e-7, 1e-10])
+def test_a_mode_that_is_hardly_controlled_is_solved(b, n):
+    A, B = torch.zeros(n, n).double(), torch.zeros(n, 1).double()
+    A[0, 0], B[0, 0] = 1.5, b
+    P = solve_dare(A, B, torch.eye(n).double(), torch.ones(1, 1).double()).P
+    linear = 1 - 1.5**2 - b**2  # b^2 p^2 + (1 - a^2 - b^2) p - 1 = 0
+    exact = (-linear + (linear**2 + 4 * b**2) ** 0.5) / (2 * b**2)
+    assert float(P[0, 0]) == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_step_by_factors_of_the_controls_is_that_of_the_states(dtype):
+    lqr = make_lqr(8, 3, (4,), rho=1.2).to(dtype)
+    dare = Dare(lqr.A, lqr.B, lqr.Q, InputCost.of(lqr.R), lqr.M)
+    eliminated = Eliminated.of(dare)
+    T, G, H = eliminated.A.mT, eliminated.G, eliminated.H
+    thin, full = _Thin.of(dare, H), _Full.of(G, H)
+    tol = {torch.float32: 1e-4, torch.float64: 1e-11}[dtype]
+    assert relative(thin.loop(T), full.loop(T)) < tol
+    assert relative(thin.grown(G, T), full.grown(G, T)) < tol
+    kept = torch.tensor([0, 3])
+    assert torch.equal(thin.pick(kept).grown(G[kept], T[kept]), thin.grown(G, T)[kept])
 
 
 def test_every_failure_has_its_code_and_leaves_the_others_exact():
