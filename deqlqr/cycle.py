@@ -169,12 +169,13 @@ def certify(
     loop, log_scale = around(A_cl)
     bound, radius = closed_loop_radius(loop, log_scale)
     edge = 10 * torch.finfo(P[0].dtype).eps ** 0.5
-    solves = (residual <= rtol) & (broken != DareResult.NONE)
     result = torch.where(broken != 0, broken, DareResult.NOT_CONVERGED)
-    result = torch.where(solves & (bound >= 1), DareResult.NONE, result)
-    result = torch.where(solves & ((bound - 1).abs() <= edge), DareResult.BOUNDARY, result)
-    result = torch.where(solves & (bound < 1 - edge), DareResult.STABILISING, result)
-    if not residual.isfinite().all():  # what is not finite in the equation is not in its residual
+    solves = (residual <= rtol) & (broken != DareResult.NONE)
+    result = result.masked_fill(solves & (bound < 1 - edge), DareResult.STABILISING)
+    if bool((result != 0).any()):
+        result = result.masked_fill(solves & (bound >= 1 - edge), DareResult.BOUNDARY)
+        result = result.masked_fill(solves & (bound > 1 + edge), DareResult.NONE)
+        # What is not finite in the equation is not in its residual.
         result = torch.where(cycle.is_finite(), result, DareResult.NON_FINITE)
     whole = loop if len(A_cl) == 1 else loop * log_scale.exp()[..., None, None]
     return Certificate(A_cl, defect, whole, radius, residual, result)

@@ -168,8 +168,8 @@ def _double(
     """
     *batch, n = A.shape[:-1]
     flat = lambda X: X.reshape(math.prod(batch), n, n)
-    broken = torch.where(singular, DareResult.NONE, 0).long().flatten()
-    running = broken == 0
+    broken = torch.where(singular, DareResult.NONE, 0).flatten()
+    done = broken != 0
     T, G, H = flat(A.mT), flat(G), flat(H)  # T = A'; G and H are symmetric, H made so at the end
     W: _Full | _Thin
     P, steps = H.clone(), torch.zeros_like(broken)
@@ -178,33 +178,39 @@ def _double(
     info = torch.finfo(P.dtype)
     rounding = max(n, 2) * info.eps
     least = torch.full_like(broken, rounding, dtype=P.dtype)  # change that asks for another step
-    check_every = 1 if P.device.type == "cpu" else 3
+    on_cpu = P.device.type == "cpu"
+    live = on_cpu and not bool(done.any())  # no element in the batch is done
     for step in range(max_steps):
         W = _Full.of(G, H) if step or thin is None else _Thin.of(thin, H)
         WA_transposed = W.loop(T)
         dH = torch.bmm(T, torch.bmm(WA_transposed, H).mT)
         H_next = H + dH  # (R5)
         size = norm(H_next)
-        ratio = norm(dH) / size.clamp(min=info.tiny)
-        taken += running
-        finite = running & (size < _MOST)
-        # A finite problem whose iterates outgrow its costs without bound, or break down, has P at
-        # infinity: nothing of H is known that far below its size.
-        code = code.masked_fill(running ^ finite, DareResult.NONE)
-        H = _where(finite, H_next, H)
+        ratio = norm(dH) / size
         # Changes go as r <- c r^2, so the next is foreseen from two; one that drowns in rounding
         # is left out. Where that misjudges, the certificate asks for a Newton step.
-        running = finite & (ratio > least)
+        moving = (ratio > least) & (size < _MOST)
         least = (rounding * ratio**2).pow(1 / 3).clamp(min=rounding)
-        if (step + 1) % check_every == 0 and not running.all():
-            P[index], steps[index], broken[index] = H, taken, code
-            keep = running.nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            index, running, taken, code = index[keep], running[keep], taken[keep], code[keep]
-            ratio, least = ratio[keep], least[keep]
-            H, T, G, WA_transposed = (X[keep] for X in (H, T, G, WA_transposed))
-            W = W.pick(keep)
+        if live and bool(moving.all()):
+            H, taken = H_next, taken + 1
+        else:
+            taken = taken + ~done
+            # A finite problem whose iterates outgrow its costs without bound, or break down, has P
+            # at infinity: nothing of H is known that far below its size.
+            lost = ~done & ~(size < _MOST)
+            code = code.masked_fill(lost, DareResult.NONE)
+            H = torch.where((done | lost)[:, None, None], H, H_next)  # what is done stays
+            done = done | ~moving
+            if (on_cpu or step % 3 == 2) and bool(done.any()):
+                P[index], steps[index], broken[index] = H, taken, code
+                keep = (~done).nonzero()[:, 0]
+                if len(keep) == 0:
+                    break
+                index, taken, code, done = index[keep], taken[keep], code[keep], done[keep]
+                ratio, least = ratio[keep], least[keep]
+                H, T, G, WA_transposed = (X[keep] for X in (H, T, G, WA_transposed))
+                W = W.pick(keep)
+                live = on_cpu
         # Only now, for the last step of an element does not ask for it.
         G = W.grown(G, T)
         T = torch.bmm(WA_transposed, T)
@@ -214,12 +220,5 @@ def _double(
         # a mode that is not controlled lets P grow.
         stuck = (ratio > 1e-3) & (max_steps > _LATE)
         unfinished = torch.where(stuck, DareResult.NONE, DareResult.NOT_CONVERGED)
-        broken[index] = torch.where(running, unfinished, code)
+        broken[index] = torch.where(done, code, unfinished)
     return sym(P).reshape(*batch, n, n), steps.reshape(batch), broken.reshape(batch)
-
-
-def _where(take: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Return new where `take`, else old: an element that is done must not change any more."""
-    if take.device.type == "cpu" and take.all():
-        return new
-    return torch.where(take[:, None, None], new, old)

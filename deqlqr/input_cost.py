@@ -61,7 +61,8 @@ class InputCost:
         if self._everything:
             return self.block
         R = torch.diag_embed(self.diagonal)
-        R[..., self.coupled[:, None], self.coupled] = self.block
+        if len(self.coupled):
+            R[..., self.coupled[:, None], self.coupled] = self.block
         return R
 
     def damped(self, delta: float | Tensor) -> "InputCost":
@@ -147,6 +148,8 @@ class InputCostFactor:
         """Factorise; a singular R is marked, not raised."""
         L, info = torch.linalg.cholesky_ex(cost.block)
         indefinite, LU = info != 0, None
+        if not len(cost.coupled):
+            return InputCostFactor(cost, L, indefinite, LU, (cost.diagonal == 0).any(-1))
         singular = (cost.diagonal == 0).index_fill(-1, cost.coupled, False).any(-1)
         if bool(indefinite.any()):
             LU = lu_factor(cost.block)
