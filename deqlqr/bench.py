@@ -22,8 +22,8 @@ except ImportError:
 BATCHES = ((256, 4), (256, 16), (256, 32), (256, 64))
 SINGLES = tuple((1, n) for n in (16, 32, 64, 128, 256, 512))
 _LEAST_SECONDS = 0.5  # a solver is repeated for so long, at least twice, and its best time counts
-_ROUNDS = 3  # of all solvers in turn
-_LONG_SECONDS = 2.0  # where they take so long together, one round does
+_ROUNDS = 6  # of all solvers in turn
+_LONG_SECONDS = 4.0  # where they take so long together, one round does
 
 
 @dataclass(frozen=True)
