@@ -20,7 +20,9 @@ from deqlqr._checks import Options, count
 from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failures
 
 _PROBED = 8  # rows, of those that go on, which show by themselves whether rows are independent
-_SHRINK = 7 / 8  # of the rows given to f; fewer running ones are gathered into a smaller batch
+# The rows that run are gathered into a smaller batch where they are fewer than this share of those
+# given to f, and those that do not would be more than this share of all that f was ever given.
+_SHRINK, _IDLE = 7 / 8, 0.05
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,7 @@ class _Run:
         self.residual = torch.full((batch,), float("inf"), dtype=z.dtype, device=device)
         self.index = torch.arange(batch, device=device)  # of the rows in z
         self.frozen: Tensor | None = None  # rows of z that have their verdict
+        self.idle = 0  # times that f was given such a row
         self.best_z, self.best_fz, self.best = z, z, self.residual
         self.anchor = self.residual  # the best residual `patience` steps ago
         self.bound: Tensor | None = None  # of the residual that is enough, from above
@@ -349,13 +352,14 @@ class _Run:
         result = self._verdict(step, size, done)
         leaving = result >= 0 if self.frozen is None else (result >= 0) & ~self.frozen
         gone = leaving.nonzero()[:, 0]
-        if len(gone) == 0:
+        if len(gone) == 0 and self.frozen is None:
             return growth, None
-        rows = self.index.index_select(0, gone)
-        self.value.index_copy_(0, rows, self.best_z.index_select(0, gone))
-        self.residual.index_copy_(0, rows, self.best.index_select(0, gone))
-        self.result.index_copy_(0, rows, result.index_select(0, gone))
-        self.evaluations.index_fill_(0, rows, step + memory.work)
+        if len(gone):
+            rows = self.index.index_select(0, gone)
+            self.value.index_copy_(0, rows, self.best_z.index_select(0, gone))
+            self.residual.index_copy_(0, rows, self.best.index_select(0, gone))
+            self.result.index_copy_(0, rows, result.index_select(0, gone))
+            self.evaluations.index_fill_(0, rows, step + memory.work)
         frozen = leaving if self.frozen is None else self.frozen | leaving
         left = (~frozen).nonzero()[:, 0]
         self.over = len(left) == 0
@@ -363,9 +367,11 @@ class _Run:
             return None, None
         # The start is often zero, where no dependence would show.
         known = step > 1 or self.f.divisible is not None
-        if known and len(left) <= _SHRINK * len(frozen) and self._shrink(left, fz):
+        idle = self.idle + (len(frozen) - len(left)) * self.check_every
+        many = len(left) <= _SHRINK * len(frozen) and idle > _IDLE * self.f.rows
+        if known and many and self._shrink(left, fz):
             return growth.index_select(0, left), left
-        self.frozen = frozen
+        self.frozen, self.idle = frozen, idle
         return growth, None
 
     def _verdict(self, step: int, size: Tensor, done: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from deqlqr.solver import Iterate, Memory, RowMap, Solver
 
 # sin^2 of the angle between a difference and the span of others, below which it says nothing new.
 _DEPENDENT = 1e-5
+_RISEN = 1.1  # growth of a residual over its best that asks for an extrapolation at once
 _TRAFFIC = 2**17  # numbers in a state, above which the time of a step is that of reading memory
 
 
@@ -62,14 +63,15 @@ class _Picard(Memory):
 class Anderson(Solver):
     """Anderson acceleration (FP3), type II, per sample, alternating with plain steps.
 
-    Every `period`-th step is extrapolated from the last differences, the others are plain: as few
-    evaluations as extrapolating always, at a third of the work. The least-squares problem is
-    solved from normal equations with a ridge relative to each column; a difference that depends
-    on newer ones is dropped. A sample whose residual exceeds `restart_ratio` times its best
-    restarts from its best iterate with an empty memory.
+    Every `period`-th step is extrapolated from the last differences, the others are plain: about as
+    few evaluations as extrapolating always, at a fraction of the work. A sample whose residual has
+    risen is extrapolated at once. The least-squares problem is solved from normal equations with a
+    ridge relative to each column; a difference that depends on newer ones is dropped. A sample
+    whose residual exceeds `restart_ratio` times its best restarts from its best iterate with an
+    empty memory.
 
     Attributes:
-        memory: Differences kept, a multiple of `period`. Each takes twice the size of a state.
+        memory: Differences kept. Each takes twice the size of a state.
         period: Steps from one extrapolation to the next; 1 is the classical method.
         ridge: Ridge relative to the columns' squares; `None` takes the machine epsilon.
         restart_ratio: Growth over the best residual that triggers a restart.
@@ -82,8 +84,8 @@ class Anderson(Solver):
         doi:10.1016/j.jcp.2015.11.018.
     """
 
-    memory: int = 12
-    period: int = 3
+    memory: int = 15
+    period: int = 5
     ridge: float | None = None
     restart_ratio: float = 10.0
 
@@ -91,18 +93,13 @@ class Anderson(Solver):
         """Refuse a memory that does not fit.
 
         Raises:
-            ValueError: If `period` is below 1 or `memory` is not a positive multiple of it.
+            ValueError: If `period` or `memory` is below 1, or `ridge` below 0.
         """
         super().__post_init__()
         count("period", self.period)
         count("memory", self.memory)
         if self.ridge is not None and not self.ridge >= 0:
             raise ValueError(f"ridge must be at least 0, got {self.ridge}.")
-        if self.memory % self.period:
-            raise ValueError(
-                f"memory must be at least 1 and a multiple of period {self.period}, "
-                f"got {self.memory}."
-            )
 
     def start(self, z: Tensor) -> Memory:
         """Return an empty memory for iterates like z (batch, n)."""
@@ -122,10 +119,10 @@ class _Anderson(Memory):
         ridge = torch.finfo(z.dtype).eps if solver.ridge is None else solver.ridge
         self.ridged = 1 + identity_like(self.gram) * ridge
         self.least = z.new_zeros(batch, m, dtype=dtype)  # diagonal that Cholesky must leave
-        self.solver, self.fz, self.r, self.step = solver, z, z, 0
+        self.solver, self.fz, self.r = solver, z, z
+        self.step = self.known = 0  # iterates so far; differences known to the Gram matrix
 
     def propose(self, f: RowMap, at: Iterate) -> Tensor:
-        period = self.solver.period
         if self.step > 0:
             slot = (self.step - 1) % self.solver.memory
             if at.plain:
@@ -135,28 +132,37 @@ class _Anderson(Memory):
             torch.sub(at.r, self.r, out=self.dR[:, slot])
         self.fz, self.r, self.step = at.fz, at.r, self.step + 1
         restart = None if at.growth is None else self._restart(at.growth)
-        z = at.fz
-        if self.step > 1 and (self.step - 1) % period == 0:
-            z = self._extrapolated(at.fz, at.r, slice(slot + 1 - period, slot + 1))
+        z, new = at.fz, self.step - 1 - self.known
+        if new == self.solver.period:
+            z = self._extrapolated(at.fz, at.r, new)
+        elif new > 0 and at.growth is not None:
+            risen = (at.growth > _RISEN).nonzero()[:, 0]
+            if len(risen):
+                z = z.index_copy(0, risen, self._extrapolated_rows(at.fz, at.r, risen))
         return z if restart is None else torch.where(restart[:, None], at.best_fz, z)
 
-    def _extrapolated(self, fz: Tensor, r: Tensor, new: slice) -> Tensor:
-        """Return the iterate of (FP3); the slots `new` were filled since the last time."""
-        used = min(self.step - 1, self.solver.memory)
+    def _extrapolated(self, fz: Tensor, r: Tensor, count: int) -> Tensor:
+        """Return the iterates of (FP3); `count` differences are new since the last time."""
+        memory, last = self.solver.memory, self.step - 1
+        used, self.known = min(last, memory), last
         dR, gram, least = self.dR[:, :used], self.gram[:, :used, :used], self.least[:, :used]
-        # Rows times a matrix: BLAS takes ten times as long over a matrix times columns.
-        products = torch.bmm(dR[:, new], dR.mT) * self.ridged[new, :used]
-        gram[:, new] = products
-        gram[:, :, new] = products.mT
-        torch.sqrt(_DEPENDENT * products.diagonal(new.start, -2, -1), out=least[:, new])
-        right = torch.bmm(r[:, None].to(dR.dtype), dR.mT).mT
-        L, _ = torch.linalg.cholesky_ex(gram)  # where it fails, a diagonal entry is not positive
-        good = L.diagonal(dim1=-2, dim2=-1) > least
-        gamma = torch.cholesky_solve(right, L)
-        if not good.all():
-            bad = ~good.all(-1)
-            gamma[bad] = _without_dependent(gram[bad], right[bad], new.stop - 1)
-        return fz - torch.bmm(gamma.mT, self.dF[:, :used])[:, 0]  # (FP3)
+        for new in _slices(last - min(count, memory), last, memory):
+            # Rows times a matrix: BLAS takes ten times as long over a matrix times columns.
+            products = torch.bmm(dR[:, new], dR.mT) * self.ridged[new, :used]
+            gram[:, new] = products
+            gram[:, :, new] = products.mT
+            torch.sqrt(_DEPENDENT * products.diagonal(new.start, -2, -1), out=least[:, new])
+        return _mixed(fz, r, self.dF[:, :used], dR, gram, least, (last - 1) % memory)
+
+    def _extrapolated_rows(self, fz: Tensor, r: Tensor, rows: Tensor) -> Tensor:
+        """Return the iterates of (FP3) of some rows, out of turn: the others must not notice."""
+        memory, last = self.solver.memory, self.step - 1
+        used = min(last, memory)
+        dR, dF = (X[:, :used].index_select(0, rows) for X in (self.dR, self.dF))
+        gram = torch.bmm(dR, dR.mT) * self.ridged[:used, :used]
+        least = torch.sqrt(_DEPENDENT * gram.diagonal(dim1=-2, dim2=-1))
+        fz, r = fz.index_select(0, rows), r.index_select(0, rows)
+        return _mixed(fz, r, dF, dR, gram, least, (last - 1) % memory)
 
     def _restart(self, growth: Tensor) -> Tensor | None:
         """Empty the memory of the rows whose residual has grown too far; return which."""
@@ -166,6 +172,28 @@ class _Anderson(Memory):
         self.dF[restart], self.dR[restart], self.least[restart] = 0.0, 0.0, 0.0
         self.gram[restart] = identity_like(self.gram)
         return restart
+
+
+def _slices(begin: int, end: int, size: int) -> list[slice]:
+    """Return the places of begin ... end - 1, at most `size` of them, in a ring of that size."""
+    first, last = begin % size, (end - 1) % size
+    if first <= last:
+        return [slice(first, last + 1)]
+    return [slice(first, size), slice(0, last + 1)]
+
+
+def _mixed(
+    fz: Tensor, r: Tensor, dF: Tensor, dR: Tensor, gram: Tensor, least: Tensor, newest: int
+) -> Tensor:
+    """Return f(z) - gamma' dF (FP3) for the Gram matrix of dR; least: see `_Anderson`."""
+    right = torch.bmm(r[:, None].to(dR.dtype), dR.mT).mT
+    L, _ = torch.linalg.cholesky_ex(gram)  # where it fails, a diagonal entry is not positive
+    good = L.diagonal(dim1=-2, dim2=-1) > least
+    gamma = torch.cholesky_solve(right, L)
+    if not good.all():
+        bad = ~good.all(-1)
+        gamma[bad] = _without_dependent(gram[bad], right[bad], newest)
+    return fz - torch.bmm(gamma.mT, dF)[:, 0]
 
 
 def _without_dependent(gram: Tensor, right: Tensor, newest: int) -> Tensor:

@@ -164,7 +164,7 @@ def test_a_map_that_insists_on_the_whole_batch_is_given_it():
 
 def test_newton_finds_fixed_points_that_repel_and_the_chain_falls_back_to_it():
     S = randn(10, 10)
-    W, x = S - S.mT, randn(6, 10, seed=1)
+    W, x = 1.5 * (S - S.mT), randn(6, 10, seed=1)
     f = lambda z, x: torch.tanh(z @ W) + x
     plain = fixed_point(f, 0 * x, inputs=(x,), solver="picard", throw=False)
     assert not plain.converged.all()
@@ -176,6 +176,36 @@ def test_newton_finds_fixed_points_that_repel_and_the_chain_falls_back_to_it():
     assert torch.equal(chain.evaluations[first.converged], first.evaluations[first.converged])
     whole = fixed_point(lambda z: f(z, x), 0 * x, solver="fallback")
     assert whole.converged.all()
+
+
+@pytest.mark.parametrize("memory, period", [(15, 5), (12, 3), (7, 5), (4, 6)])
+def test_anderson_extrapolates_at_once_where_a_residual_rises(memory, period):
+    solver = Anderson(memory=memory, period=period, max_steps=500)
+    for rho in (1.3, 2.0, 3.0):
+        A, c = linear_map(rho, batch=6, n=6)
+        c[3:] = 0.0  # at its fixed point already: has left when the others rise
+        found = fixed_point(lambda z, c, A=A: z @ A + c, 0 * c, inputs=(c,), solver=solver)
+        exact = torch.linalg.solve(torch.eye(6).double() - A, c.mT).mT
+        assert relative(found.value, exact) < 1e-7
+    # Those that converge do not notice those whose residuals rise beside them.
+    rate = torch.tensor([0.2, 0.3, 1.0, 0.25]).double()[:, None]
+    A, c = linear_map(3.0, batch=4, n=6)
+    f = lambda z, c, rate: rate * (z @ A) + c
+    together = fixed_point(f, 0 * c, inputs=(c, rate), solver=solver, throw=False)
+    rate[2] = 0.1
+    apart = fixed_point(f, 0 * c, inputs=(c, rate), solver=solver)
+    assert torch.equal(together.evaluations[[0, 1, 3]], apart.evaluations[[0, 1, 3]])
+    assert relative(together.value[[0, 1, 3]], apart.value[[0, 1, 3]]) < 1e-12
+
+
+def test_rows_that_are_done_leave_before_they_cost_much():
+    A, c = linear_map(0.99, batch=64, n=30)
+    rate = torch.full((64, 1), 0.1).double()
+    rate[::2] = 1.0  # one half needs many times the evaluations of the other
+    f = lambda z, c, rate: rate * (z @ A) + c
+    for solver in ("picard", "anderson", "broyden"):
+        found = fixed_point(f, 0 * c, inputs=(c, rate), solver=solver, max_steps=3000)
+        assert found.rows <= 1.06 * int(found.evaluations.sum()) + 8
 
 
 def test_damping_makes_an_oscillating_iteration_converge():
@@ -306,7 +336,7 @@ def test_scalar_states_and_an_empty_batch_are_allowed():
         (lambda: fixed_point(torch.cos, torch.zeros(2, 3).long()), "z0 must be a floating-point"),
         (lambda: fixed_point(lambda z: z[:, :1], torch.zeros(2, 3)), "f must keep the shape of z"),
         (lambda: Anderson(memory=0), "memory must be at least 1"),
-        (lambda: Anderson(memory=4), "a multiple of period 3, got 4"),
+        (lambda: Anderson(ridge=-1.0), "ridge must be at least 0, got -1.0"),
         (lambda: Anderson(period=0), "period must be at least 1"),
         (lambda: Broyden(memory=0), "memory must be at least 1"),
         (lambda: Picard(relaxation=1.5), r"relaxation must lie in \(0, 1\]"),
