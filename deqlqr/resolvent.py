@@ -5,7 +5,8 @@ states: L is formed and I - L factorised once. Many: the generalised conjugate r
 
     (G1)  q = p - L p, orthonormal to the earlier q;   x <- x + (q'r) p,   r <- r - (q'r) q
 
-whose pairs (p, q) are kept, so that every further right side starts from their span.
+whose pairs (p, q) are kept, so that every further right side starts from their span, as long as
+that spares products: to orthogonalise against many of them costs more than a cheap product.
 
     (G2)  ||x - x*|| <= ||(I - L)^-1|| ||r||,   r = c - (I - L) x
 
@@ -29,6 +30,8 @@ from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failure
 Product = Callable[[Tensor], Tensor]
 
 _PAIRS = 60  # kept; then the oldest give way
+_HELP = 0.8  # of the products of a first solve: what a solve may need with pairs at hand
+_TRIED = 2  # solves that need more, after which pairs are kept no longer, if states outnumber them
 _WORTH = 0.95  # pairs at hand stay if they lower a residual to this share
 _REFINEMENTS = 3  # times the residual is formed anew
 _FURTHER = 8  # products after a failure, to see how the error goes on
@@ -93,6 +96,8 @@ class Resolvent:
         self._proven = False  # residuals formed anew were what the recursion said
         self._factor: tuple[LUFactor, Tensor] | None = None  # of I - L, and ||(I - L)^-1||
         self._pairs = _Pairs()
+        self._alone = 0  # products of the first solve, which had no pairs to start from
+        self._unhelpful = 0  # solves in a row that the pairs did not help
 
     def solve(
         self, right: Tensor, start: Tensor | None = None, tol: float | None = None
@@ -147,11 +152,18 @@ class Resolvent:
 
     def _solve_krylov(self, right: Tensor, start: Tensor | None, tol: float) -> LinearSolution:
         """Solve from the pairs at hand, and from none if they lead nowhere: rounding wears them."""
-        worn = self._pairs.count > 0
+        if self._unhelpful == _TRIED and right.shape[1] > _PAIRS:
+            self._pairs.clear()
+        worn, spent = self._pairs.count > 0, self.products
         found = self._solve_once(right, start, tol)
         if worn and not found.converged.all():
             self._pairs.clear()
             found = self._solve_once(right, start, tol)
+        elif worn:
+            helped = self.products - spent <= _HELP * self._alone
+            self._unhelpful = 0 if helped else self._unhelpful + 1
+        elif not self._alone:
+            self._alone = self.products - spent
         return found
 
     def _solve_once(self, right: Tensor, start: Tensor | None, tol: float) -> LinearSolution:

@@ -64,6 +64,26 @@ def test_what_one_right_side_has_built_serves_the_next(dense):
     assert int(again.evaluations[0]) == len(calls) - used
 
 
+def test_pairs_that_spare_no_products_are_not_kept():
+    L, c = contraction(n=300, rho=0.2), randn(5, 12, 300, seed=2)
+    calls = []
+    resolvent = Resolvent(product_with(L, calls), tol=1e-8, max_steps=100, dense=False)
+    counts = []
+    for k in range(12):
+        before = len(calls)
+        found = resolvent.solve(c[:, k])
+        counts.append(len(calls) - before)
+        assert found.converged.all() and relative(found.value, exact(L, c[:, k])) < 1e-7
+    assert max(counts) <= counts[0] + 1  # right sides at random have nothing to say of others
+    assert resolvent._pairs.count <= 2 * counts[0]  # not those of twelve
+    # Where they do help, they stay: here all right sides lie in two directions.
+    few = torch.einsum("bkn,jk->bjn", c[:, :2], randn(12, 2, seed=3))
+    resolvent = Resolvent(product_with(L, calls), tol=1e-8, max_steps=100, dense=False)
+    before = len(calls)
+    assert resolvent.solve(few).converged.all()
+    assert len(calls) - before < 5 * counts[0]
+
+
 def test_a_start_near_the_solution_saves_products():
     L, c = contraction(n=80, rho=0.95), randn(5, 80, seed=1)
     cold = Resolvent(product_with(L), tol=1e-8, max_steps=200, dense=False).solve(c)
