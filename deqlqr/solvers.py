@@ -18,6 +18,7 @@ from deqlqr.solver import Iterate, Memory, RowMap, Solver
 
 # sin^2 of the angle between a difference and the span of others, below which it says nothing new.
 _DEPENDENT = 1e-5
+_FIRST = 2  # differences after which the first extrapolation comes, if not sooner
 _RISEN = 1.1  # growth of a residual over its best that asks for an extrapolation at once
 _TRAFFIC = 2**17  # numbers in a state, above which the time of a step is that of reading memory
 
@@ -63,7 +64,7 @@ class _Picard(Memory):
 class Anderson(Solver):
     """Anderson acceleration (FP3), type II, per sample, alternating with plain steps.
 
-    Every `period`-th step is extrapolated from the last differences, the others are plain: about as
+    The third step and every `period`-th after it are extrapolated, the others are plain: about as
     few evaluations as extrapolating always, at a fraction of the work. A sample whose residual has
     risen is extrapolated at once. The least-squares problem is solved from normal equations with a
     ridge relative to each column; a difference that depends on newer ones is dropped. A sample
@@ -84,8 +85,8 @@ class Anderson(Solver):
         doi:10.1016/j.jcp.2015.11.018.
     """
 
-    memory: int = 15
-    period: int = 5
+    memory: int = 16
+    period: int = 4
     ridge: float | None = None
     restart_ratio: float = 10.0
 
@@ -133,7 +134,7 @@ class _Anderson(Memory):
         self.fz, self.r, self.step = at.fz, at.r, self.step + 1
         restart = None if at.growth is None else self._restart(at.growth)
         z, new = at.fz, self.step - 1 - self.known
-        if new == self.solver.period:
+        if new == self.solver.period or (self.known == 0 and new == _FIRST):
             z = self._extrapolated(at.fz, at.r, new)
         elif new > 0 and at.growth is not None:
             risen = (at.growth > _RISEN).nonzero()[:, 0]

@@ -34,7 +34,7 @@ def train(*, bounded: bool, guarded: bool) -> tuple[int, nn.Module, str]:
     """Return how many steps went well, the model, and what happened."""
     torch.manual_seed(0)
     model = nn.Sequential(deqlqr.DEQ(Own(24, 64, bounded=bounded), tol=1e-4), nn.Linear(24, 10))
-    sgd = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.9)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     stepper = deqlqr.GradientStep(model, sgd, "cross_entropy")
     guard = deqlqr.Guard(stepper, every=5)
     for step in range(STEPS):
