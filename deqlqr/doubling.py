@@ -175,8 +175,7 @@ def _double(
     P, steps = H.clone(), torch.zeros_like(broken)
     code, taken = broken.clone(), steps.clone()
     index = torch.arange(len(P), device=P.device)  # of the elements still in the batch
-    info = torch.finfo(P.dtype)
-    rounding = max(n, 2) * info.eps
+    rounding = max(n, 2) * torch.finfo(P.dtype).eps
     least = torch.full_like(broken, rounding, dtype=P.dtype)  # change that asks for another step
     on_cpu = P.device.type == "cpu"
     live = on_cpu and not bool(done.any())  # no element in the batch is done
@@ -196,7 +195,7 @@ def _double(
         else:
             taken = taken + ~done
             # A finite problem whose iterates outgrow its costs without bound, or break down, has P
-            # at infinity: nothing of H is known that far below its size.
+            # at infinity: of the costs no digit is left in H then.
             lost = ~done & ~(size < _MOST)
             code = code.masked_fill(lost, DareResult.NONE)
             H = torch.where((done | lost)[:, None, None], H, H_next)  # what is done stays

@@ -30,7 +30,7 @@ from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failure
 Product = Callable[[Tensor], Tensor]
 
 _PAIRS = 60  # kept; then the oldest give way
-_HELP = 0.8  # of the products of a first solve: what a solve may need with pairs at hand
+_HELP = 0.8  # of the products of a solve without pairs: what one with pairs may need
 _TRIED = 2  # solves that need more, after which pairs are kept no longer, if states outnumber them
 _WORTH = 0.95  # pairs at hand stay if they lower a residual to this share
 _REFINEMENTS = 3  # times the residual is formed anew
@@ -96,7 +96,7 @@ class Resolvent:
         self._proven = False  # residuals formed anew were what the recursion said
         self._factor: tuple[LUFactor, Tensor] | None = None  # of I - L, and ||(I - L)^-1||
         self._pairs = _Pairs()
-        self._alone = 0  # products of the first solve, which had no pairs to start from
+        self._alone = 0  # products of the last solve that had no pairs to start from
         self._unhelpful = 0  # solves in a row that the pairs did not help
 
     def solve(
@@ -162,7 +162,7 @@ class Resolvent:
         elif worn:
             helped = self.products - spent <= _HELP * self._alone
             self._unhelpful = 0 if helped else self._unhelpful + 1
-        elif not self._alone:
+        else:
             self._alone = self.products - spent
         return found
 

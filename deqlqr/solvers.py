@@ -135,19 +135,20 @@ class _Anderson(Memory):
         restart = None if at.growth is None else self._restart(at.growth)
         z, new = at.fz, self.step - 1 - self.known
         if new == self.solver.period or (self.known == 0 and new == _FIRST):
-            z = self._extrapolated(at.fz, at.r, new)
+            z = self._extrapolated(at.fz, at.r)
         elif new > 0 and at.growth is not None:
             risen = (at.growth > _RISEN).nonzero()[:, 0]
             if len(risen):
                 z = z.index_copy(0, risen, self._extrapolated_rows(at.fz, at.r, risen))
         return z if restart is None else torch.where(restart[:, None], at.best_fz, z)
 
-    def _extrapolated(self, fz: Tensor, r: Tensor, count: int) -> Tensor:
-        """Return the iterates of (FP3); `count` differences are new since the last time."""
+    def _extrapolated(self, fz: Tensor, r: Tensor) -> Tensor:
+        """Return the iterates of (FP3), and take the new differences into the Gram matrix."""
         memory, last = self.solver.memory, self.step - 1
-        used, self.known = min(last, memory), last
+        used, begin = min(last, memory), max(self.known, last - memory)
+        self.known = last
         dR, gram, least = self.dR[:, :used], self.gram[:, :used, :used], self.least[:, :used]
-        for new in _slices(last - min(count, memory), last, memory):
+        for new in _slices(begin, last, memory):
             # Rows times a matrix: BLAS takes ten times as long over a matrix times columns.
             products = torch.bmm(dR[:, new], dR.mT) * self.ridged[new, :used]
             gram[:, new] = products
