@@ -37,7 +37,7 @@ def identity_like(X: Tensor) -> Tensor:
 
 def sym(X: Tensor) -> Tensor:
     """Return the symmetric part of X."""
-    return (X + X.mT) / 2
+    return (X + X.mT).mul_(0.5)
 
 
 def norm(X: Tensor) -> Tensor:
@@ -46,10 +46,10 @@ def norm(X: Tensor) -> Tensor:
 
 
 def largest(X: Tensor) -> Tensor:
-    """Return the largest magnitude in X (*batch, i, j), in one pass; NaN and inf come through."""
+    """Return the largest magnitude in X (*batch, i, j); NaN and inf come through."""
     if X.shape[-1] * X.shape[-2] == 0:
         return X.new_zeros(X.shape[:-2])
-    return torch.linalg.vector_norm(X, float("inf"), dim=(-2, -1))
+    return X.abs().amax((-2, -1))
 
 
 def is_finite(X: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def relative(error: Tensor, *terms: Tensor) -> Tensor:
 
 def times(X: Tensor, Y: Tensor) -> Tensor:
     """Return X Y; rows of Y that are zero, as most of M in a training step, cost nothing."""
-    used = (Y != 0).any(-1)
+    used = Y.any(-1)
     rows = (used.flatten(0, -2).any(0) if used.dim() > 1 else used).nonzero()[:, 0]
     if len(rows) == 0:
         return X.new_zeros(*X.shape[:-1], Y.shape[-1])

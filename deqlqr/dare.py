@@ -134,7 +134,7 @@ class Eliminated:
         """Eliminate; where R is singular the result is not finite."""
         A, B, Q, R, M = dare
         cost = R.factorise()
-        if not (M != 0).any():
+        if not M.count_nonzero():
             RB = cost.solve(B.mT)
             return Eliminated(A, sym(B @ RB), Q, cost, RB, M)
         solved = cost.solve(torch.cat([B.mT, M], dim=-1))
@@ -227,9 +227,10 @@ def error_of(dare: Dare, P: Tensor, P_next: Tensor, gain: Gain) -> Error:
     mixed = _mixed_size(dare, P_next, gain, MK, A_cl) if gain.mixed is None else norm(gain.mixed)
     # Where a large P+ comes down to a small P, no large terms cancel in this form of (R1).
     APA, KRK = A_cl.mT @ PA, K.mT @ RK
+    gain_error = norm(RK - M - BPA)
     scale = torch.stack([norm(RK), norm(M), norm(BPA), mixed]).amax(0)
-    gain_error = norm(RK - M - BPA) / scale.clamp(min=torch.finfo(P.dtype).tiny)
-    defect = APA + KRK + Q - (MK + MK.mT) - P
+    gain_error = gain_error / scale.clamp(min=torch.finfo(P.dtype).tiny)
+    defect = (APA + KRK).add_(Q).sub_(MK).sub_(MK.mT).sub_(P)
     residual = torch.maximum(relative(defect, APA, KRK, Q, MK, P), gain_error)
     return Error(A_cl, defect, residual)
 

@@ -104,20 +104,17 @@ class _Full(NamedTuple):
     W: LUFactor
 
     @staticmethod
-    def of(G: Tensor, H: Tensor) -> "_Full":
+    def of(G: Tensor, H: Tensor, eye: Tensor) -> "_Full":
         # W' = I + H G is what is stored: LAPACK, which counts by columns, then takes it as it is.
-        W_transposed = torch.bmm(H, G)
-        W_transposed.diagonal(dim1=-2, dim2=-1).add_(1)
-        return _Full(lu_factor(W_transposed.mT))
+        return _Full(lu_factor(torch.baddbmm(eye, H, G.mT).mT))
 
-    def loop(self, T: Tensor) -> Tensor:
-        """Return (W^-1 A)' for T = A'."""
-        return self.W.solve(T.mT).mT
+    def loop(self, A: Tensor) -> Tensor:
+        """Return W^-1 A."""
+        return self.W.solve(A)
 
-    def grown(self, G: Tensor, T: Tensor) -> Tensor:
+    def grown(self, G: Tensor, A: Tensor) -> Tensor:
         """Return the next G."""
-        WGA = torch.bmm(self.W.solve(G.mT).mT, T)  # (A W^-1 G)'
-        return torch.baddbmm(G, WGA.mT, T)
+        return torch.baddbmm(G, torch.bmm(A, self.W.solve(G.mT)), A.mT)
 
     def pick(self, index: Tensor) -> "_Full":
         """Return elements of the batch."""
@@ -138,14 +135,14 @@ class _Thin(NamedTuple):
         HB = torch.bmm(H, B)
         return _Thin(lu_factor(sym(torch.baddbmm(R, B.mT, HB))), B, HB)
 
-    def loop(self, T: Tensor) -> Tensor:
-        """Return (W^-1 A)' for T = A'."""
-        K_transposed = self.S.solve(torch.bmm(T, self.HB).mT).mT
-        return torch.baddbmm(T, K_transposed, self.B.mT, alpha=-1)
+    def loop(self, A: Tensor) -> Tensor:
+        """Return W^-1 A."""
+        BHA = torch.bmm(self.HB.mT, A)
+        return torch.baddbmm(A.mT, self.S.solve(BHA).mT, self.B.mT, alpha=-1).mT
 
-    def grown(self, G: Tensor, T: Tensor) -> Tensor:
+    def grown(self, G: Tensor, A: Tensor) -> Tensor:
         """Return the next G."""
-        AB = torch.bmm(T.mT, self.B)
+        AB = torch.bmm(A, self.B)
         return torch.baddbmm(G, AB, self.S.solve(AB.mT))
 
     def pick(self, index: Tensor) -> "_Thin":
@@ -170,26 +167,29 @@ def _double(
     flat = lambda X: X.reshape(math.prod(batch), n, n)
     broken = torch.where(singular, DareResult.NONE, 0).flatten()
     done = broken != 0
-    T, G, H = flat(A.mT), flat(G), flat(H)  # T = A'; G and H are symmetric, H made so at the end
+    # G and H are symmetric, H made so at the end. Products are fastest of a matrix stored by rows
+    # and one stored by columns, as LU solves leave theirs.
+    A, G, H = flat(A), flat(G), flat(H)
+    eye = identity_like(H)
     W: _Full | _Thin
-    P, steps = H.clone(), torch.zeros_like(broken)
-    code, taken = broken.clone(), steps.clone()
+    P, steps = H, torch.zeros_like(broken)
+    code, taken = broken, steps
     index = torch.arange(len(P), device=P.device)  # of the elements still in the batch
     rounding = max(n, 2) * torch.finfo(P.dtype).eps
     least = torch.full_like(broken, rounding, dtype=P.dtype)  # change that asks for another step
     on_cpu = P.device.type == "cpu"
     live = on_cpu and not bool(done.any())  # no element in the batch is done
     for step in range(max_steps):
-        W = _Full.of(G, H) if step or thin is None else _Thin.of(thin, H)
-        WA_transposed = W.loop(T)
-        dH = torch.bmm(T, torch.bmm(WA_transposed, H).mT)
+        W = _Full.of(G, H, eye) if step or thin is None else _Thin.of(thin, H)
+        WA = W.loop(A)
+        dH = torch.bmm(A.mT, torch.bmm(H, WA))
         H_next = H + dH  # (R5)
         size = norm(H_next)
         ratio = norm(dH) / size
         # Changes go as r <- c r^2, so the next is foreseen from two; one that drowns in rounding
         # is left out. Where that misjudges, the certificate asks for a Newton step.
         moving = (ratio > least) & (size < _MOST)
-        least = (rounding * ratio**2).pow(1 / 3).clamp(min=rounding)
+        least = (ratio.pow(2 / 3) * rounding ** (1 / 3)).clamp_(min=rounding)
         if live and bool(moving.all()):
             H, taken = H_next, taken + 1
         else:
@@ -198,26 +198,38 @@ def _double(
             # at infinity: of the costs no digit is left in H then.
             lost = ~done & ~(size < _MOST)
             code = code.masked_fill(lost, DareResult.NONE)
-            H = torch.where((done | lost)[:, None, None], H, H_next)  # what is done stays
+            if live and not bool(lost.any()):
+                H = H_next
+            else:
+                H = torch.where((done | lost)[:, None, None], H, H_next)  # what is done stays
             done = done | ~moving
             if (on_cpu or step % 3 == 2) and bool(done.any()):
-                P[index], steps[index], broken[index] = H, taken, code
+                P, steps, broken = _stored((P, steps, broken), index, (H, taken, code))
                 keep = (~done).nonzero()[:, 0]
                 if len(keep) == 0:
                     break
                 index, taken, code, done = index[keep], taken[keep], code[keep], done[keep]
                 ratio, least = ratio[keep], least[keep]
-                H, T, G, WA_transposed = (X[keep] for X in (H, T, G, WA_transposed))
+                H, A, G, WA = (X[keep] for X in (H, A, G, WA))
                 W = W.pick(keep)
                 live = on_cpu
         # Only now, for the last step of an element does not ask for it.
-        G = W.grown(G, T)
-        T = torch.bmm(WA_transposed, T)
+        G = W.grown(G, A)
+        A = torch.bmm(A, WA)
     else:
-        P[index], steps[index] = H, taken
         # Late steps, of 2^step of the recursion's, that still change H by much approach no limit:
         # a mode that is not controlled lets P grow.
         stuck = (ratio > 1e-3) & (max_steps > _LATE)
         unfinished = torch.where(stuck, DareResult.NONE, DareResult.NOT_CONVERGED)
-        broken[index] = torch.where(done, code, unfinished)
+        code = torch.where(done, code, unfinished)
+        P, steps, broken = _stored((P, steps, broken), index, (H, taken, code))
     return sym(P).reshape(*batch, n, n), steps.reshape(batch), broken.reshape(batch)
+
+
+def _stored(
+    whole: tuple[Tensor, ...], index: Tensor, parts: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Return tensors with some of their elements, or all, replaced."""
+    if len(index) == len(whole[0]):
+        return parts
+    return tuple(X.index_copy(0, index, part) for X, part in zip(whole, parts, strict=True))

@@ -337,10 +337,10 @@ def _symmetric_costs(Q: Sequence[Tensor], R: Costs) -> tuple[list[Tensor], list[
 def _symmetric(name: str, X: Tensor) -> Tensor:
     if torch.equal(X, X.mT):
         return X
-    skew = norm(X - X.mT)
-    if (skew > torch.finfo(X.dtype).eps ** 0.5 * norm(X)).any():
+    even = sym(X)
+    if (norm(X - even) > 0.5 * torch.finfo(X.dtype).eps ** 0.5 * norm(X)).any():
         raise ValueError(f"{name} must be symmetric.")
-    return sym(X)
+    return even
 
 
 def _same_dtype(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,9 +1,16 @@
 """The spectral radius, from above, by repeated squaring."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from deqlqr._linalg import largest, norm
+
+_NEAR = math.log(0.9)
+_STAGES = (4, 5, 7, 26)  # squarings after which the bound of a closed loop is looked at
+_PROBES, _TIMES = 4, 8  # vectors, and how often a power is applied to them
 
 
 def spectral_radius(A: Tensor, squarings: int = 12) -> Tensor:
@@ -21,7 +28,9 @@ def spectral_radius(A: Tensor, squarings: int = 12) -> Tensor:
         >>> float(spectral_radius(torch.diag(torch.tensor([0.5, -0.9])))) - 0.9 < 1e-3
         True
     """
-    return _gelfand(A, squarings)[0]
+    *batch, n = A.shape[:-1]
+    power = _Power.of(A.reshape(A.shape[:-2].numel(), n, n))
+    return power.squared(squarings).log_bound.exp().reshape(batch)
 
 
 def closed_loop_radius(A_cl: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,31 +38,61 @@ def closed_loop_radius(A_cl: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]
 
     The loop is A_cl times exp(log_scale), `(*batch,)`, which may be too large for a number.
     """
-    bound, estimate = _gelfand(A_cl, 7, log_scale)
-    near = bound > 0.9  # there the bound must not be what keeps a stable loop from passing
-    if near.any():
-        bound[near], estimate[near] = _gelfand(A_cl[near], 26, log_scale[near])
+    *batch, n = A_cl.shape[:-1]
+    log_scale = log_scale.flatten()
+    power = _Power.of(A_cl.reshape(len(log_scale), n, n), log_scale).squared(_STAGES[0])
+    logs = torch.stack([power.log_bound, power.log_estimate()])
+    index = torch.arange(len(log_scale), device=log_scale.device)
+    for squarings in _STAGES[1:]:
+        # Near 1 the bound must not be what keeps a stable loop from passing.
+        near = (power.log_bound > _NEAR).nonzero()[:, 0]
+        if len(near) == 0:
+            break
+        index, power = index[near], power.pick(near).squared(squarings)
+        logs[:, index] = torch.stack([power.log_bound, power.log_estimate()])
+    bound, estimate = logs.exp().reshape(2, *batch)
     return bound, estimate
 
 
-def _gelfand(A: Tensor, squarings: int, log_scale: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return Gelfand's bound of the spectral radius, and an estimate of what it tends to.
+class _Power(NamedTuple):
+    """A^k for k = 2^squarings, over its Frobenius norm."""
 
-    If ||A^k|| goes as c rho^k, then b_2k^2 / b_k of the bounds b is rho.
-    """
-    tiny = torch.finfo(A.dtype).tiny
-    batch, n = A.shape[:-2], A.shape[-1]
-    A = A.reshape(batch.numel(), n, n)  # a batched product in one call
-    top = largest(A) + tiny  # so that no square vanishes or overflows
-    A = A / top[:, None, None]
-    sizes = [norm(A) + tiny]
-    for _ in range(squarings):
-        # A^(2^k) is a matrix that is squared here, times the power by which it was scaled.
-        A = A / sizes[-1][:, None, None]
-        A = torch.bmm(A, A)
-        sizes.append(norm(A) + tiny)
-    powers = 0.5 ** torch.arange(squarings + 1, dtype=A.dtype, device=A.device)
-    terms = powers * torch.stack(sizes, -1).log()
-    bound = (top.log() + terms.sum(-1)).reshape(batch) + log_scale
-    last = terms[:, -1].reshape(batch)
-    return bound.exp(), (bound + last).exp()
+    A: Tensor  # (batch, n, n)
+    log_bound: Tensor  # log of ||A^k||_F^(1/k), Gelfand's bound of the spectral radius
+    squarings: int
+
+    @staticmethod
+    def of(A: Tensor, log_scale: Tensor | float = 0.0) -> "_Power":
+        """Return A times exp(log_scale), `(batch,)`, itself."""
+        tiny = torch.finfo(A.dtype).tiny
+        top = largest(A) + tiny  # so that no square in the norm vanishes or overflows
+        A = A / top[:, None, None]
+        size = norm(A) + tiny
+        return _Power(A.div_(size[:, None, None]), (top * size).log() + log_scale, 0)
+
+    def squared(self, squarings: int) -> "_Power":
+        """Return the power 2^squarings."""
+        A, tiny = self.A, torch.finfo(self.A.dtype).tiny
+        log_bound = self.log_bound
+        for k in range(self.squarings, squarings):
+            A = torch.bmm(A, A)
+            size = norm(A) + tiny
+            A.mul_(size.reciprocal()[:, None, None])
+            log_bound = torch.add(log_bound, size.log_(), alpha=0.5 ** (k + 1))
+        return _Power(A, log_bound, squarings)
+
+    def log_estimate(self) -> Tensor:
+        """Return the log of the rate at which a few vectors grow, which tends to the radius."""
+        A, tiny = self.A, torch.finfo(self.A.dtype).tiny
+        batch, n = A.shape[:2]
+        wave = torch.arange(n * _PROBES, dtype=A.dtype, device=A.device).square_().sin_()
+        # Rows times A' are several times as fast as A times columns.
+        X = torch.bmm(wave.reshape(1, _PROBES, n).expand(batch, -1, -1), A.mT)
+        X.div_((norm(X) + tiny)[:, None, None])
+        for _ in range(_TIMES):
+            X = torch.bmm(X, A.mT)
+        return self.log_bound + (norm(X) + tiny).log() / (_TIMES * 2**self.squarings)
+
+    def pick(self, index: Tensor) -> "_Power":
+        """Return elements of the batch."""
+        return _Power(self.A[index], self.log_bound[index], self.squarings)

@@ -23,6 +23,7 @@ from deqlqr import (
 )
 from deqlqr.dare import Dare, Eliminated
 from deqlqr.doubling import _Full, _Thin
+from deqlqr.spectral import closed_loop_radius
 
 from .problems import DTYPES, make_lqr, randn, relative
 
@@ -118,13 +119,13 @@ def test_the_first_step_by_factors_of_the_controls_is_that_of_the_states(dtype):
     lqr = make_lqr(8, 3, (4,), rho=1.2).to(dtype)
     dare = Dare(lqr.A, lqr.B, lqr.Q, InputCost.of(lqr.R), lqr.M)
     eliminated = Eliminated.of(dare)
-    T, G, H = eliminated.A.mT, eliminated.G, eliminated.H
-    thin, full = _Thin.of(dare, H), _Full.of(G, H)
+    A, G, H = eliminated.A, eliminated.G, eliminated.H
+    thin, full = _Thin.of(dare, H), _Full.of(G, H, torch.eye(8, dtype=dtype))
     tol = {torch.float32: 1e-4, torch.float64: 1e-11}[dtype]
-    assert relative(thin.loop(T), full.loop(T)) < tol
-    assert relative(thin.grown(G, T), full.grown(G, T)) < tol
+    assert relative(thin.loop(A), full.loop(A)) < tol
+    assert relative(thin.grown(G, A), full.grown(G, A)) < tol
     kept = torch.tensor([0, 3])
-    assert torch.equal(thin.pick(kept).grown(G[kept], T[kept]), thin.grown(G, T)[kept])
+    assert torch.equal(thin.pick(kept).grown(G[kept], A[kept]), thin.grown(G, A)[kept])
 
 
 def test_every_failure_has_its_code_and_leaves_the_others_exact():
@@ -352,6 +353,23 @@ def test_spectral_radius_is_an_upper_bound_and_tight():
     assert spectral_radius(torch.zeros(3, 3)) < 1e-3
     assert spectral_radius(torch.tensor([[0.0, 1.0], [0.0, 0.0]])) < 0.1  # nilpotent
     assert spectral_radius(torch.full((2, 2), float("nan"))).isnan()
+
+
+def test_each_closed_loop_of_a_batch_has_its_radius_whatever_the_others_need():
+    radii = torch.tensor([0.2, 0.7, 0.85, 0.93, 1 - 1e-6, 1.0, 1.3, 0.4]).double()
+    loops = randn(8, 6, 6)
+    loops = loops * (radii / torch.linalg.eigvals(loops).abs().amax(-1))[:, None, None]
+    scale = torch.tensor([0.0, 500.0, 0.0, -500.0, 0.0, 0.0, 0.0, 0.0]).double()
+    bound, estimate = closed_loop_radius(loops * (-scale).exp()[:, None, None], scale)
+    assert ((radii * (1 - 1e-12) <= bound) & (bound <= radii * 1.5)).all()
+    assert ((bound < 1) == (radii < 1)).all()
+    assert torch.allclose(estimate, radii, rtol=0.02, atol=0)
+    assert torch.allclose(estimate[4:7], radii[4:7], rtol=1e-7, atol=0)
+    for i in range(8):
+        alone = closed_loop_radius(loops[i], torch.zeros(()).double())
+        assert torch.allclose(torch.stack(alone), torch.stack([bound[i], estimate[i]]), rtol=1e-9)
+    rotation = 0.9 * torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double()
+    assert float(closed_loop_radius(rotation, torch.zeros(()))[1]) == pytest.approx(0.9, rel=1e-6)
 
 
 def fixed_by_elimination(lqr):
