@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deqlqr._linalg import LUFactor, identity_like, lu_factor, norm
+from deqlqr._linalg import LUFactor, full_precision, identity_like, lu_factor, norm
 from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failures
 
 Product = Callable[[Tensor], Tensor]
@@ -198,7 +198,8 @@ class Resolvent:
     def _reduced(self, x: Tensor, r: Tensor, goal: Tensor, spent: int) -> tuple[Tensor, Tensor]:
         """Lower the residual r of x: first by the pairs at hand, then by new ones."""
         if self._pairs.count:
-            x_next, r_next = self._pairs.reduce(x, r)
+            with full_precision(r):
+                x_next, r_next = self._pairs.reduce(x, r)
             size, before = (torch.linalg.vector_norm(v, dim=-1) for v in (r_next, r))
             # Pairs that do not help cost more than they save, now and later.
             if (size > _WORTH * before).all():
@@ -218,7 +219,8 @@ class Resolvent:
         p, size_r = r, torch.linalg.vector_norm(r, dim=-1)
         for _ in range(2):
             q = p - self._times(p)
-            p, q, size, before = self._pairs.orthogonalise(p, q)
+            with full_precision(q):
+                p, q, size, before = self._pairs.orthogonalise(p, q)
             usable = running & (size > 1e2 * torch.finfo(q.dtype).eps * before)
             inverse = torch.where(usable, 1 / size, 0.0)[:, None]
             q, p = q * inverse, p * inverse
@@ -256,7 +258,9 @@ class Resolvent:
             return torch.ones_like(right[:, 0])
         P = self._pairs.p
         # ||P||_2^2 is at most the largest row sum of |P P'|: no eigenvalues, which can fail.
-        return (P @ P.mT).abs().sum(-1).amax(-1).clamp(min=1.0).sqrt()
+        with full_precision(P):
+            gram = P @ P.mT
+        return gram.abs().sum(-1).amax(-1).clamp(min=1.0).sqrt()
 
     def _further(self, r: Tensor) -> Tensor:
         """Return about ||(I - L)^-1 r||: some terms of the series, and the tail by their ratio."""

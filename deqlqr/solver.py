@@ -260,7 +260,7 @@ class _Run:
         self.tol: float | None = None
         # On a GPU reading the test on the host stalls the queue, so it is read now and then.
         self.check_every = 1 if device.type == "cpu" or solver.every_step else 4
-        self.value = z.clone()
+        self.value = torch.empty_like(z)  # every row is given in the end
         self.result = torch.full((batch,), int(FixedPointResult.MAX_STEPS), device=device)
         self.evaluations = torch.zeros(batch, dtype=torch.long, device=device)
         self.residual = torch.full((batch,), float("inf"), dtype=z.dtype, device=device)
@@ -354,7 +354,10 @@ class _Run:
         gone = leaving.nonzero()[:, 0]
         if len(gone) == 0 and self.frozen is None:
             return growth, None
-        if len(gone):
+        if len(gone) == len(self.value):
+            self.value, self.residual, self.result = self.best_z, self.best, result
+            self.evaluations.fill_(step + memory.work)
+        elif len(gone):
             rows = self.index.index_select(0, gone)
             self.value.index_copy_(0, rows, self.best_z.index_select(0, gone))
             self.residual.index_copy_(0, rows, self.best.index_select(0, gone))

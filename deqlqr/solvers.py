@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from deqlqr._checks import count
-from deqlqr._linalg import identity_like
+from deqlqr._linalg import full_precision, identity_like
+from deqlqr.scratch import Scratch
 from deqlqr.solver import Iterate, Memory, RowMap, Solver
 
 # sin^2 of the angle between a difference and the span of others, below which it says nothing new.
@@ -108,70 +109,73 @@ class Anderson(Solver):
 
 
 class _Anderson(Memory):
-    rows = ("dF", "dR", "gram", "least", "fz", "r")
+    rows = ("dF", "dR", "gram", "fz", "r")
 
     def __init__(self, solver: Anderson, z: Tensor) -> None:
         batch, n, m = *z.shape, solver.memory
         # The differences only steer: float32 keeps the digits they need, at half the traffic.
-        dtype = torch.float32 if z.numel() > _TRAFFIC else z.dtype
-        self.dF = z.new_empty(batch, m, n, dtype=dtype)  # of f(z)
-        self.dR = z.new_empty(batch, m, n, dtype=dtype)  # of f(z) - z
+        dtype = torch.float32 if z.numel() > _TRAFFIC and m > 1 else z.dtype
+        self.scratch = Scratch(z, (batch, m, n), (batch, m, n), dtype=dtype)
+        self.dF, self.dR = self.scratch.tensors  # of f(z), and of f(z) - z
         self.gram = z.new_zeros(batch, m, m, dtype=dtype)
         ridge = torch.finfo(z.dtype).eps if solver.ridge is None else solver.ridge
-        self.ridged = 1 + identity_like(self.gram) * ridge
-        self.least = z.new_zeros(batch, m, dtype=dtype)  # diagonal that Cholesky must leave
+        self.ridged = self.gram.new_ones(m, m).fill_diagonal_(1 + ridge)
         self.solver, self.fz, self.r = solver, z, z
         self.step = self.known = 0  # iterates so far; differences known to the Gram matrix
 
     def propose(self, f: RowMap, at: Iterate) -> Tensor:
+        r = at.r
         if self.step > 0:
             slot = (self.step - 1) % self.solver.memory
-            if at.plain:
-                self.dF[:, slot] = at.r  # f(z) - z, where z is the last f(z)
-            else:
-                torch.sub(at.fz, self.fz, out=self.dF[:, slot])
-            torch.sub(at.r, self.r, out=self.dR[:, slot])
-        self.fz, self.r, self.step = at.fz, at.r, self.step + 1
+            dF, dR = self.dF[:, slot], self.dR[:, slot]
+            dF.copy_(at.r if at.plain else at.fz - self.fz)  # plain: z is the last f(z)
+            if r.dtype != dF.dtype:
+                r = dF if at.plain else r.to(dF.dtype)
+            torch.sub(r, self.r, out=dR)
+        elif r.dtype != self.dF.dtype:
+            r = r.to(self.dF.dtype)
+        self.fz, self.r, self.step = at.fz, r, self.step + 1
         restart = None if at.growth is None else self._restart(at.growth)
         z, new = at.fz, self.step - 1 - self.known
         if new == self.solver.period or (self.known == 0 and new == _FIRST):
-            z = self._extrapolated(at.fz, at.r)
+            with full_precision(at.fz):
+                z = self._extrapolated()
         elif new > 0 and at.growth is not None:
             risen = (at.growth > _RISEN).nonzero()[:, 0]
             if len(risen):
-                z = z.index_copy(0, risen, self._extrapolated_rows(at.fz, at.r, risen))
+                with full_precision(at.fz):
+                    z = z.index_copy(0, risen, self._extrapolated_rows(risen))
         return z if restart is None else torch.where(restart[:, None], at.best_fz, z)
 
-    def _extrapolated(self, fz: Tensor, r: Tensor) -> Tensor:
+    def _extrapolated(self) -> Tensor:
         """Return the iterates of (FP3), and take the new differences into the Gram matrix."""
         memory, last = self.solver.memory, self.step - 1
         used, begin = min(last, memory), max(self.known, last - memory)
         self.known = last
-        dR, gram, least = self.dR[:, :used], self.gram[:, :used, :used], self.least[:, :used]
+        dR, gram = self.dR[:, :used], self.gram[:, :used, :used]
         for new in _slices(begin, last, memory):
             # Rows times a matrix: BLAS takes ten times as long over a matrix times columns.
             products = torch.bmm(dR[:, new], dR.mT) * self.ridged[new, :used]
             gram[:, new] = products
             gram[:, :, new] = products.mT
-            torch.sqrt(_DEPENDENT * products.diagonal(new.start, -2, -1), out=least[:, new])
-        return _mixed(fz, r, self.dF[:, :used], dR, gram, least, (last - 1) % memory)
+        return _mixed(self.fz, self.r, self.dF[:, :used], dR, gram, (last - 1) % memory)
 
-    def _extrapolated_rows(self, fz: Tensor, r: Tensor, rows: Tensor) -> Tensor:
+    def _extrapolated_rows(self, rows: Tensor) -> Tensor:
         """Return the iterates of (FP3) of some rows, out of turn: the others must not notice."""
         memory, last = self.solver.memory, self.step - 1
         used = min(last, memory)
         dR, dF = (X[:, :used].index_select(0, rows) for X in (self.dR, self.dF))
         gram = torch.bmm(dR, dR.mT) * self.ridged[:used, :used]
-        least = torch.sqrt(_DEPENDENT * gram.diagonal(dim1=-2, dim2=-1))
-        fz, r = fz.index_select(0, rows), r.index_select(0, rows)
-        return _mixed(fz, r, dF, dR, gram, least, (last - 1) % memory)
+        fz, r = self.fz.index_select(0, rows), self.r.index_select(0, rows)
+        return _mixed(fz, r, dF, dR, gram, (last - 1) % memory)
 
     def _restart(self, growth: Tensor) -> Tensor | None:
         """Empty the memory of the rows whose residual has grown too far; return which."""
         restart = growth > self.solver.restart_ratio
         if not restart.any():
             return None
-        self.dF[restart], self.dR[restart], self.least[restart] = 0.0, 0.0, 0.0
+        self.r = self.r.clone()  # it may lie in dF
+        self.dF[restart], self.dR[restart] = 0.0, 0.0
         self.gram[restart] = identity_like(self.gram)
         return restart
 
@@ -184,17 +188,18 @@ def _slices(begin: int, end: int, size: int) -> list[slice]:
     return [slice(first, size), slice(0, last + 1)]
 
 
-def _mixed(
-    fz: Tensor, r: Tensor, dF: Tensor, dR: Tensor, gram: Tensor, least: Tensor, newest: int
-) -> Tensor:
-    """Return f(z) - gamma' dF (FP3) for the Gram matrix of dR; least: see `_Anderson`."""
-    right = torch.bmm(r[:, None].to(dR.dtype), dR.mT).mT
+def _mixed(fz: Tensor, r: Tensor, dF: Tensor, dR: Tensor, gram: Tensor, newest: int) -> Tensor:
+    """Return f(z) - gamma' dF (FP3) for the Gram matrix of dR."""
+    right = torch.bmm(r[:, None], dR.mT).mT
     L, _ = torch.linalg.cholesky_ex(gram)  # where it fails, a diagonal entry is not positive
-    good = L.diagonal(dim1=-2, dim2=-1) > least
+    left, whole = (X.diagonal(dim1=-2, dim2=-1) for X in (L, gram))
+    good = left.square() > _DEPENDENT * whole  # what newer differences leave of a difference
     gamma = torch.cholesky_solve(right, L)
     if not good.all():
         bad = ~good.all(-1)
         gamma[bad] = _without_dependent(gram[bad], right[bad], newest)
+    if fz.dtype == dF.dtype:
+        return torch.baddbmm(fz[:, None], gamma.mT, dF, alpha=-1)[:, 0]
     return fz - torch.bmm(gamma.mT, dF)[:, 0]
 
 
@@ -250,10 +255,15 @@ class _Broyden(Memory):
     def __init__(self, solver: Broyden, z: Tensor) -> None:
         self.solver, self.used = solver, 0
         batch, n, m = *z.shape, solver.memory
-        self.U, self.V = z.new_empty(batch, m, n), z.new_empty(batch, m, n)  # H = I + U'V
+        self.scratch = Scratch(z, (batch, m, n), (batch, m, n), dtype=z.dtype)
+        self.U, self.V = self.scratch.tensors  # H = I + U'V
         self.z, self.r, self.first = z, z, True
 
     def propose(self, f: RowMap, at: Iterate) -> Tensor:
+        with full_precision(at.z):
+            return self._proposed(at)
+
+    def _proposed(self, at: Iterate) -> Tensor:
         if not self.first:
             self._update(at.z - self.z, self.r - at.r)
         self.z, self.r, self.first = at.z, at.r, False

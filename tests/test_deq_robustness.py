@@ -209,6 +209,23 @@ def test_autocast_works_whatever_dtype_the_block_returns(block, dtype):
     block.zero_grad()
 
 
+@pytest.mark.parametrize("solver", ["anderson", "broyden"])
+def test_what_steers_a_solve_stays_in_single_precision_under_autocast(solver):
+    A, x = randn(40, 40).float(), randn(32, 40).float()
+    A = 0.9 * A / torch.linalg.matrix_norm(A, 2)
+
+    def f(z, x):
+        with torch.autocast("cpu", enabled=False):
+            return z @ A + x
+
+    solve = lambda: fixed_point(f, torch.zeros_like(x), inputs=(x,), solver=solver, tol=1e-5)
+    plain = solve()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = solve()
+    assert torch.equal(under.evaluations, plain.evaluations)
+    assert torch.equal(under.value, plain.value) and under.value.dtype == torch.float32
+
+
 @pytest.mark.parametrize("n", [4, 40])
 @pytest.mark.parametrize("backward", ["implicit", "neumann"])
 def test_a_bad_sample_spoils_neither_values_nor_gradients_of_the_others(n, backward):

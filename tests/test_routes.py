@@ -435,7 +435,7 @@ def test_no_graph_outlives_its_step(route):
         optimizer.step(x, y)
         gc.collect()
         alive.append(sum(type(o).__name__ in ("_Pin", "Call") for o in gc.get_objects()))
-    assert alive[-1] == alive[0]
+    assert alive[-1] <= alive[0]  # less, where an earlier test's have gone meanwhile
 
 
 @pytest.mark.parametrize("seed", range(4))
