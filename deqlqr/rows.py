@@ -144,8 +144,7 @@ class Rows:
                 "samples have no gradient. Call model.eval(), or take route='krylov'."
             )
         plan = _Plan(at)
-        pieces = [plan.pieces(at.cotangents(c, tol)) for c in cotangents]
-        found = {key: torch.stack([piece[key] for piece in pieces], 1) for key in plan.uses_of}
+        found = plan.pieces([at.cotangents(c, tol) for c in cotangents])
         outer = {key: Outer.of(use, found.pop(key)) for key, use in plan.alone.items()}
         chained = plan.derived.chain(found)
         parts: list[Part] = []
@@ -263,20 +262,31 @@ class _Plan:
             if only and isinstance(use, Linear) and use.a.dim() == 2:
                 self.alone[key] = use
 
-    def pieces(self, found: Sequence[Tensor | None]) -> dict[int, Tensor]:
-        """Return g (batch, out) of each operand used alone, else its rows (batch, entries)."""
-        result = {}
+    def pieces(self, found: Sequence[Sequence[Tensor | None]]) -> dict[int, Tensor]:
+        """Return g (batch, r, out) of each operand used alone, else its rows (batch, r, entries).
+
+        Args:
+            found: The cotangent of every use, for each of r cotangents of the outputs.
+        """
+        result, count = {}, (self.batch, len(found))
         for key, places in self.uses_of.items():
-            seen = [(self.uses[i], g) for i in places if (g := found[i]) is not None]
+            seen = [(self.uses[i], gs) for i in places if (gs := _of_use(found, i))]
             if key in self.alone:
-                terms = [g for _, g in seen]
+                terms = [torch.stack(gs, 1) for _, gs in seen]
                 width = Outer.width(self.alone[key])
             else:
-                terms = [use.rows(g).reshape(self.batch, -1) for use, g in seen]
+                terms = [use.rows_of_each(gs).reshape(*count, -1) for use, gs in seen]
                 width = self.uses[places[0]].operand.numel()
-            zero = self.uses[places[0]].operand.new_zeros(self.batch, width)
+            zero = self.uses[places[0]].operand.new_zeros(*count, width)
             result[key] = sum(terms[1:], terms[0]) if terms else zero
         return result
+
+
+def _of_use(found: Sequence[Sequence[Tensor | None]], i: int) -> list[Tensor]:
+    """Return the cotangents of a use, none if all are without effect."""
+    gs = [every[i] for every in found]
+    like = next((g for g in gs if g is not None), None)
+    return [] if like is None else [torch.zeros_like(like) if g is None else g for g in gs]
 
 
 class _Derived:

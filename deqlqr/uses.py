@@ -16,7 +16,7 @@ G. Rochette, A. Manoel, E. Tramel (2019), arXiv:1912.06015 (convolutions).
 
 import math
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +47,10 @@ class Use:
         """Return each sample's gradient (batch, *operand) from g (batch, ...)."""
         raise NotImplementedError
 
+    def rows_of_each(self, gs: Sequence[Tensor]) -> Tensor:
+        """Return the gradients (batch, r, *operand) from r such g."""
+        return torch.stack([self.rows(g) for g in gs], dim=1)
+
 
 @dataclass(frozen=True)
 class Factored(Use):
@@ -62,12 +66,16 @@ class Factored(Use):
 
     def rows(self, g: Tensor) -> Tensor:
         """Return g a', summed over positions."""
-        a, g = self.inputs(), self.outputs(g)
+        return self.rows_of_each([g])[:, 0]
+
+    def rows_of_each(self, gs: Sequence[Tensor]) -> Tensor:
+        """Return g a' of each g, summed over positions: a is read once for all."""
+        a, g = self.inputs(), _joined([self.outputs(g) for g in gs], -1)
         if a.shape[1] == 1:
             outer = g[:, 0, :, None] * a[:, 0, None, :]
         else:
             outer = g.mT @ a
-        return outer.reshape(len(a), *self.operand.shape)
+        return outer.reshape(len(a), len(gs), *self.operand.shape)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,10 @@ class MatMul(Linear):
         """Return a g', summed over positions."""
         return self.inputs().mT @ self.outputs(g)
 
+    def rows_of_each(self, gs: Sequence[Tensor]) -> Tensor:
+        """Return a g' of each g."""
+        return Use.rows_of_each(self, gs)
+
 
 @dataclass(frozen=True)
 class Conv2d(Factored):
@@ -114,10 +126,10 @@ class Conv2d(Factored):
         """Return g at each position."""
         return g.flatten(2).mT
 
-    def rows(self, g: Tensor) -> Tensor:
-        """Return g a', summed over positions."""
+    def rows_of_each(self, gs: Sequence[Tensor]) -> Tensor:
+        """Return g a' of each g, summed over positions: the pixels are copied once for all."""
         if _pair(self.stride) != (1, 1):
-            return super().rows(g)
+            return super().rows_of_each(gs)
         # At stride 1 what an entry of the kernel sees is the image, moved: of rows laid end to end
         # one run, if g has zeros where it runs over the margin. That is copied fast.
         (high, wide), (down, right) = self.operand.shape[2:], _pair(self.dilation)
@@ -125,7 +137,7 @@ class Conv2d(Factored):
         a = F.pad(self.a.to(self.operand.dtype), (beside, beside, above, above))
         width, reach = a.shape[3], right * (wide - 1)
         a = F.pad(a.flatten(2), (0, reach)).contiguous()
-        g = F.pad(g, (0, reach)).flatten(2)
+        g = F.pad(_joined(gs, 1), (0, reach)).flatten(2)
         size = a.shape[1], high, wide, g.shape[2]
         strides = a.stride(0), a.stride(1), down * width, right, 1
         outer = g.new_empty(*g.shape[:2], a.shape[1] * high * wide)
@@ -136,7 +148,7 @@ class Conv2d(Factored):
             part = slice(start, start + step)
             seen = room[: len(a[part])].copy_(a[part].as_strided((len(a[part]), *size), strides))
             torch.bmm(g[part], seen.flatten(1, 3).mT, out=outer[part])
-        return outer.reshape(len(a), *self.operand.shape)
+        return outer.reshape(len(a), len(gs), *self.operand.shape)
 
 
 @dataclass(frozen=True)
@@ -197,6 +209,11 @@ class Copied(Use):
     def rows(self, g: Tensor) -> Tensor:
         """Return g."""
         return g.reshape(len(g), *self.operand.shape)
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Return tensors side by side; one alone without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 def _pair(option: Any) -> tuple[int, int]:

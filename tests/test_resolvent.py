@@ -84,6 +84,19 @@ def test_pairs_that_spare_no_products_are_not_kept():
     assert len(calls) - before < 5 * counts[0]
 
 
+@pytest.mark.parametrize("rho", [0.3, 0.95, 1.05])
+@pytest.mark.parametrize("tol", [1e-4, 1e-5, 1e-6])
+def test_residuals_that_are_not_formed_anew_are_true_in_single_precision(rho, tol):
+    L, rights = contraction(n=80, rho=rho).float(), randn(5, 12, 80, seed=1).float()
+    resolvent = Resolvent(product_with(L), tol=tol, max_steps=200, dense=False)
+    for c in rights.unbind(1):
+        found = resolvent.solve(c)
+        r = c + product_with(L)(found.value) - found.value
+        true = torch.linalg.vector_norm(r, dim=-1) / torch.linalg.vector_norm(c, dim=-1)
+        assert found.converged.all() and (true <= 2 * max(tol, 6e-6)).all()
+        assert (true <= 2 * found.residual + tol).all()
+
+
 def test_a_start_near_the_solution_saves_products():
     L, c = contraction(n=80, rho=0.95), randn(5, 80, seed=1)
     cold = Resolvent(product_with(L), tol=1e-8, max_steps=200, dense=False).solve(c)
