@@ -176,30 +176,31 @@ class Resolvent:
         true, rough = r, tol > torch.finfo(right.dtype).eps ** 0.5
         for _ in range(_REFINEMENTS):
             x, r = self._reduced(x, true, goal, spent)
-            trusted = self._proven and (rough or self._is_exact(right, goal))
+            bound = self._inverse_norm(right)
+            trusted = self._proven and (rough or self._is_exact(bound, right, goal))
             if trusted:
-                true, size = r, torch.linalg.vector_norm(r, dim=-1)
+                true = r
                 break
             true = right + self._times(x) - x
             size = torch.linalg.vector_norm(true, dim=-1)
             if (size <= 2 * goal).all() or self.products - spent >= self.max_steps:
                 break
-        unseen = size > 2 * torch.linalg.vector_norm(r, dim=-1) + 2 * goal
-        if len(right) > 1 and unseen.any() and self.products - spent < self.max_steps:
-            return self._solve_together(right, x, spent, tol)
-        drift = torch.linalg.vector_norm(true - r, dim=-1)
-        if not trusted and self._pairs.count < _PAIRS and (drift <= _DRIFT * goal).all():
-            self._proven = max(self._proven, self._pairs.count)
-        bound = self._inverse_norm(right)[:, None]
+        if not trusted:
+            unseen = size > 2 * torch.linalg.vector_norm(r, dim=-1) + 2 * goal
+            if len(right) > 1 and unseen.any() and self.products - spent < self.max_steps:
+                return self._solve_together(right, x, spent, tol)
+            drift = torch.linalg.vector_norm(true - r, dim=-1)
+            if self._pairs.count < _PAIRS and (drift <= _DRIFT * goal).all():
+                self._proven = max(self._proven, self._pairs.count)
         found = self._certified(
-            right[:, None], x[:, None], true[:, None], bound, self.products - spent, tol
+            right[:, None], x[:, None], true[:, None], bound[:, None], self.products - spent, tol
         )
         if found.converged.all():
             return found
         further = self._further(true) / torch.linalg.vector_norm(x, dim=-1).clamp(min=_least(x))
         return replace(found, error=torch.where(found.converged, found.error, further))
 
-    def _is_exact(self, right: Tensor, goal: Tensor) -> bool:
+    def _is_exact(self, bound: Tensor, right: Tensor, goal: Tensor) -> bool:
         """Return whether the recursion's residual is as good as one formed anew.
 
         It was compared with as many pairs before, and rounding, which grows with the pairs and
@@ -207,7 +208,7 @@ class Resolvent:
         """
         if self._pairs.count > self._proven:
             return False
-        terms = self._inverse_norm(right) * torch.linalg.vector_norm(right, dim=-1)
+        terms = bound * torch.linalg.vector_norm(right, dim=-1)
         return bool((2 * torch.finfo(right.dtype).eps * terms <= _DRIFT * goal).all())
 
     def _reduced(self, x: Tensor, r: Tensor, goal: Tensor, spent: int) -> tuple[Tensor, Tensor]:

@@ -355,7 +355,8 @@ class _Run:
         if len(gone) == 0 and self.frozen is None:
             return growth, None
         if len(gone) == len(self.value):
-            self.value, self.residual, self.result = self.best_z, self.best, result
+            # A copy, for an iterate may be the start, or what f returned, which are not ours.
+            self.value, self.residual, self.result = self.best_z.clone(), self.best, result
             self.evaluations.fill_(step + memory.work)
         elif len(gone):
             rows = self.index.index_select(0, gone)

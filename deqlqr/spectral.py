@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deqlqr._linalg import largest, norm
 
-_NEAR = math.log(0.9)
+_NEAR = math.log(0.9)  # log of the bound above which more squarings follow
 _STAGES = (4, 5, 7, 26)  # squarings after which the bound of a closed loop is looked at
 _PROBES, _TIMES = 4, 8  # vectors, and how often a power is applied to them
 
@@ -68,7 +68,7 @@ class _Power(NamedTuple):
         top = largest(A) + tiny  # so that no square in the norm vanishes or overflows
         A = A / top[:, None, None]
         size = norm(A) + tiny
-        return _Power(A.div_(size[:, None, None]), (top * size).log() + log_scale, 0)
+        return _Power(A.div_(size[:, None, None]), top.log() + size.log() + log_scale, 0)
 
     def squared(self, squarings: int) -> "_Power":
         """Return the power 2^squarings."""

@@ -98,13 +98,9 @@ class Linear(Factored):
 class MatMul(Linear):
     """a W: W (in, out) is the operand."""
 
-    def rows(self, g: Tensor) -> Tensor:
-        """Return a g', summed over positions."""
-        return self.inputs().mT @ self.outputs(g)
-
     def rows_of_each(self, gs: Sequence[Tensor]) -> Tensor:
-        """Return a g' of each g."""
-        return Use.rows_of_each(self, gs)
+        """Return a g' of each g, summed over positions."""
+        return torch.stack([self.inputs().mT @ self.outputs(g) for g in gs], dim=1)
 
 
 @dataclass(frozen=True)

@@ -369,3 +369,13 @@ def test_fixed_point_on_the_gpu_agrees_with_the_cpu():
         lambda z: z @ A.to(device) + c.to(device), torch.zeros_like(c, device=device), tol=1e-9
     ).value.cpu()
     torch.testing.assert_close(on("cuda"), on("cpu"), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", ["anderson", "picard", "broyden"])
+def test_a_solution_is_a_tensor_of_its_own(solver):
+    x, z0 = randn(4, 3), torch.zeros(4, 3).double()
+    given = fixed_point(lambda z, x: x, z0, inputs=(x,), solver=solver).value
+    kept = fixed_point(lambda z: z, z0, solver=solver).value
+    before = x.clone()
+    given.add_(1.0), kept.add_(1.0)
+    assert torch.equal(x, before) and not z0.any()

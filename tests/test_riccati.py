@@ -351,6 +351,8 @@ def test_spectral_radius_is_an_upper_bound_and_tight():
         assert exact * (1 - 1e-12) <= spectral_radius(A) <= exact * 1.002
         assert spectral_radius(A, squarings=26) <= exact * (1 + 1e-6)
     assert spectral_radius(torch.zeros(3, 3)) < 1e-3
+    large = torch.full((4, 4), 2.5e307, dtype=torch.float64)
+    assert float(spectral_radius(large, squarings=26)) == pytest.approx(1e308)
     assert spectral_radius(torch.tensor([[0.0, 1.0], [0.0, 0.0]])) < 0.1  # nilpotent
     assert spectral_radius(torch.full((2, 2), float("nan"))).isnan()
 
