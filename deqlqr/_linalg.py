@@ -1,7 +1,7 @@
 """Small pieces of linear algebra on batches of matrices, shared by the solvers."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,10 @@ def lu_factor(X: Tensor) -> LUFactor:
 
 def full_precision(like: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast, on the device of a tensor."""
-    return torch.autocast(like.device.type, enabled=False)
+    device = like.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def identity_like(X: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ nothing and never see it.
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -119,10 +120,10 @@ class RowMap:
     @staticmethod
     def _agrees(part: "RowMap", keep: Tensor, z: Tensor, fz: Tensor, tol: float) -> bool:
         try:
-            alone, together = part(z[keep]).to(fz.dtype), fz[keep]
+            alone = part(z.index_select(0, keep)).to(fz.dtype)
         except (RuntimeError, ValueError, IndexError):  # it insists on the whole batch's size
             return False
-        norm = lambda v: torch.linalg.vector_norm(v, dim=-1)
+        together, norm = fz.index_select(0, keep), lambda v: torch.linalg.vector_norm(v, dim=-1)
         level = max(0.1 * tol, _resolution(fz.dtype))
         return bool((norm(alone - together) <= level * norm(together).clamp(min=1.0)).all())
 
@@ -180,7 +181,7 @@ class Solver(Options):
         memory = self.start(z)
         for step in range(1, self.max_steps + 1):
             fz_raw = run.f(run.z)
-            fz = fz_raw.to(z.dtype)
+            fz = fz_raw if fz_raw.dtype == z.dtype else fz_raw.to(z.dtype)
             growth, kept = run.judge(step, fz_raw, fz, memory)
             if kept is not None:
                 memory.pick(kept)
@@ -189,7 +190,8 @@ class Solver(Options):
                 return self._solve_together(run, step)
             if run.over:
                 break
-            at = Iterate(run.z, fz, run.r, growth, run.best_fz, run.plain)
+            nearly_done = partial(run.nearly_done, fz)
+            at = Iterate(run.z, fz, run.r, growth, run.best_fz, run.plain, nearly_done)
             z = memory.propose(run.f, at)
             run.advance(z, plain=z is fz)
         return run.solution()
@@ -207,7 +209,7 @@ class Solver(Options):
 
 
 class Iterate(NamedTuple):
-    """Where a solve stands: tensors (batch, n) but for `growth`.
+    """Where a solve stands: tensors (batch, n) unless said otherwise.
 
     Attributes:
         z: Iterate.
@@ -216,6 +218,8 @@ class Iterate(NamedTuple):
         growth: Residual over the best one seen before, `(batch,)`; `None` where all rows improved.
         best_fz: f at the best iterate of each row.
         plain: z is the last f(z), of all rows.
+        nearly_done: Returns which rows a plain step at the rate of the last one would finish,
+            boolean, `(batch,)`; `None` where that is not known.
     """
 
     z: Tensor
@@ -224,6 +228,7 @@ class Iterate(NamedTuple):
     growth: Tensor | None
     best_fz: Tensor
     plain: bool
+    nearly_done: Callable[[], Tensor | None]
 
 
 class Memory:
@@ -241,6 +246,10 @@ class Memory:
         """Keep the rows `keep` only."""
         _pick(self, self.rows, keep)
 
+    def place(self) -> Tensor | None:
+        """Return where f(z) - z of a plain step should be formed, if that matters."""
+        return None
+
     @abstractmethod
     def propose(self, f: RowMap, at: Iterate) -> Tensor:
         """Return the next iterate (batch, n); f is for products with its Jacobian."""
@@ -253,6 +262,8 @@ def _pick(owner: object, names: tuple[str, ...], keep: Tensor) -> None:
 
 class _Run:
     """One solve: the rows still running, and the verdicts on those that are not."""
+
+    rows = ("z", "r", "size", "before", "best_z", "best_fz", "best", "anchor", "index", "limit")
 
     def __init__(self, solver: Solver, f: RowMap, z: Tensor) -> None:
         batch, device = len(z), z.device
@@ -268,23 +279,26 @@ class _Run:
         self.frozen: Tensor | None = None  # rows of z that have their verdict
         self.idle = 0  # times that f was given such a row
         self.best_z, self.best_fz, self.best = z, z, self.residual
+        self.size: Tensor | None = None  # residual of each row
+        self.before = self.residual  # the best residual before it
         self.anchor = self.residual  # the best residual `patience` steps ago
         self.bound: Tensor | None = None  # of the residual that is enough, from above
         self.plain = False  # z is the last f(z)
-        self.over = batch == 0
+        self.running, self.over = batch, batch == 0
         self.r: Tensor = None  # type: ignore[assignment]
-        self._spare: Tensor | None = None
+        self._own: list[Tensor] = []  # memory of two residuals
 
     def judge(
         self, step: int, fz_raw: Tensor, fz: Tensor, memory: Memory
     ) -> tuple[Tensor | None, Tensor | None]:
         """Test every row by (FP1); return its growth, and the rows kept if some left."""
-        self._subtract(fz)
+        self._subtract(fz, memory)
         last = step == self.solver.max_steps
         if step % self.check_every and not last and step != 1:
-            self.bound = None
+            self.bound = self.size = None
             return None, None
-        size = torch.linalg.vector_norm(self.r, dim=-1)
+        self.size = size = torch.linalg.vector_norm(self.r, dim=-1)
+        self.before = self.best
         if self.tol is None:
             self.tol = self.solver.tolerance(fz_raw.dtype)
             self.limit = self.solver.divergence_ratio * size.clamp(min=1.0)
@@ -295,25 +309,38 @@ class _Run:
             bound = torch.add(bound, size, alpha=self.tol)
             if self._goes_on(size, fz, bound):
                 return None, None
-        enough = torch.linalg.vector_norm(fz, dim=-1).clamp_(min=1.0).mul_(self.tol)  # (FP1)
+        enough = self._enough(fz)
         if ordinary and self._goes_on(size, fz, enough):
             return None, None
         if self.frozen is not None and self._depends(size, enough):
             self.f.mixes = True
             return None, None
-        return self._sort(step, fz, size, (size <= enough) & size.isfinite(), memory)
+        return self._sort(step, fz, size, enough, memory)
+
+    def _enough(self, fz: Tensor) -> Tensor:
+        """Return the residual that is enough (FP1), of each row."""
+        return torch.linalg.vector_norm(fz, dim=-1).clamp_(min=1.0).mul_(self.tol)
+
+    def nearly_done(self, fz: Tensor) -> Tensor | None:
+        """Return which rows a plain step at the rate of the last one would finish."""
+        if self.size is None:
+            return None
+        return self.size.square() <= self.before * self._enough(fz)
 
     def _goes_on(self, size: Tensor, fz: Tensor, enough: Tensor) -> bool:
         """Take the iterate as the best one if every row has improved, and none has converged."""
-        if not ((size > enough) & (size < self.best)).all():
+        if not torch.equal(size.clamp(enough, self.best), size):
             return False
         self.best_z, self.best_fz, self.best, self.bound = self.z, fz, size, enough
         return True
 
     def _depends(self, size: Tensor, enough: Tensor) -> bool:
         """Return whether a row that had converged, and has stayed, has lost it: rows mix."""
-        settled = self.result[self.index] == FixedPointResult.CONVERGED
-        return bool((settled & ~(size <= 2 * enough)).any())
+        assert self.frozen is not None  # noqa: S101  asked only where rows have stayed
+        moved = self.frozen > (size <= 2 * enough)
+        if not moved.any():
+            return False
+        return bool((self.result[self.index[moved]] == FixedPointResult.CONVERGED).any())
 
     def fails_by_mixing(self, fz: Tensor) -> bool:
         """Return whether samples failed and f, given only as a whole, makes them depend on others.
@@ -330,53 +357,73 @@ class _Run:
         change = (self.f(moved).to(fz.dtype) - fz)[1:]
         return bool(torch.linalg.vector_norm(change) > _resolution(fz.dtype) * fz.norm())
 
-    def _subtract(self, fz: Tensor) -> None:
-        """Form r = f(z) - z in the memory of the last but one: fresh pages cost as much."""
-        spare, self._spare = self._spare, self.r
-        fits = spare is not None and spare.shape == fz.shape
-        self.r = torch.sub(fz, self.z, out=spare) if fits else fz - self.z
+    def _subtract(self, fz: Tensor, memory: Memory) -> None:
+        """Form r = f(z) - z where it is wanted, or over the last but one: fresh pages cost much."""
+        place = memory.place() if self.plain else None
+        if place is not None:
+            self.r = torch.sub(fz, self.z, out=place)
+            return
+        out = self._own.pop(0) if len(self._own) == 2 else None
+        fits = out is not None and out.shape == fz.shape
+        self.r = torch.sub(fz, self.z, out=out) if fits else fz - self.z
+        self._own.append(self.r)
 
     def _sort(
-        self, step: int, fz: Tensor, size: Tensor, done: Tensor, memory: Memory
+        self, step: int, fz: Tensor, size: Tensor, enough: Tensor, memory: Memory
     ) -> tuple[Tensor | None, Tensor | None]:
         """Give their verdict to the rows that are done or lost, and let them leave."""
-        growth, better = size / self.best, (size < self.best) | done
-        if self.frozen is not None:
-            better = better & ~self.frozen
+        growth, done = size / self.best, (size <= enough) & (size < float("inf"))
+        better = done | (size < self.best)
+        if self.frozen is not None:  # those rows are where they were best
+            better, done = better | self.frozen, done > self.frozen
         if better.all():
             self.best_z, self.best_fz, self.best = self.z, fz, size
+            lost = False
         else:
             self.best_z = torch.where(better[:, None], self.z, self.best_z)
             self.best_fz = torch.where(better[:, None], fz, self.best_fz)
             self.best = torch.where(better, size, self.best)
-        result = self._verdict(step, size, done)
-        leaving = result >= 0 if self.frozen is None else (result >= 0) & ~self.frozen
+            lost = True
+        leaving, result = done, None
+        if lost or step == self.solver.max_steps or step % self.solver.patience == 0:
+            result = self._verdict(step, size, done)
+            leaving = result >= 0 if self.frozen is None else (result >= 0) > self.frozen
         gone = leaving.nonzero()[:, 0]
         if len(gone) == 0 and self.frozen is None:
             return growth, None
+        if len(gone):
+            self._leave(gone, result, step + memory.work)
+        if self.over:
+            return None, None
+        frozen = leaving if self.frozen is None else self.frozen | leaving
+        # The start is often zero, where no dependence would show.
+        known = step > 1 or self.f.divisible is not None
+        idle = self.idle + (len(frozen) - self.running) * self.check_every
+        many = self.running <= _SHRINK * len(frozen) and idle > _IDLE * self.f.rows
+        if known and many:
+            left = (~frozen).nonzero()[:, 0]
+            if self._shrink(left, fz):
+                return growth.index_select(0, left), left
+        self.frozen, self.idle = frozen, idle
+        return growth, None
+
+    def _leave(self, gone: Tensor, result: Tensor | None, evaluations: int) -> None:
+        """Note the best iterates of the rows `gone`, and their codes; `None` is converged."""
+        self.running -= len(gone)
+        self.over = self.running == 0
         if len(gone) == len(self.value):
             # A copy, for an iterate may be the start, or what f returned, which are not ours.
-            self.value, self.residual, self.result = self.best_z.clone(), self.best, result
-            self.evaluations.fill_(step + memory.work)
-        elif len(gone):
+            self.value, self.residual = self.best_z.clone(), self.best
+            rows = gone
+        else:
             rows = self.index.index_select(0, gone)
             self.value.index_copy_(0, rows, self.best_z.index_select(0, gone))
             self.residual.index_copy_(0, rows, self.best.index_select(0, gone))
+        if result is None:
+            self.result.index_fill_(0, rows, int(FixedPointResult.CONVERGED))
+        else:
             self.result.index_copy_(0, rows, result.index_select(0, gone))
-            self.evaluations.index_fill_(0, rows, step + memory.work)
-        frozen = leaving if self.frozen is None else self.frozen | leaving
-        left = (~frozen).nonzero()[:, 0]
-        self.over = len(left) == 0
-        if self.over:
-            return None, None
-        # The start is often zero, where no dependence would show.
-        known = step > 1 or self.f.divisible is not None
-        idle = self.idle + (len(frozen) - len(left)) * self.check_every
-        many = len(left) <= _SHRINK * len(frozen) and idle > _IDLE * self.f.rows
-        if known and many and self._shrink(left, fz):
-            return growth.index_select(0, left), left
-        self.frozen, self.idle = frozen, idle
-        return growth, None
+        self.evaluations.index_fill_(0, rows, evaluations)
 
     def _verdict(self, step: int, size: Tensor, done: Tensor) -> Tensor:
         """Return the code of each row, or -1 where it goes on."""
@@ -399,7 +446,7 @@ class _Run:
         if part is self.f:
             return False
         self.f, self.frozen = part, None
-        _pick(self, ("z", "r", "best_z", "best_fz", "best", "anchor", "index", "limit"), left)
+        _pick(self, _Run.rows, left)
         return True
 
     def advance(self, z: Tensor, plain: bool) -> None:

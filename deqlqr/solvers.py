@@ -21,6 +21,7 @@ from deqlqr.solver import Iterate, Memory, RowMap, Solver
 _DEPENDENT = 1e-5
 _FIRST = 2  # differences after which the first extrapolation comes, if not sooner
 _RISEN = 1.1  # growth of a residual over its best that asks for an extrapolation at once
+_WITHOUT_BLAS = 400  # terms of a product below which torch forms it slowly on the CPU
 _TRAFFIC = 2**17  # numbers in a state, above which the time of a step is that of reading memory
 
 
@@ -67,10 +68,10 @@ class Anderson(Solver):
 
     The third step and every `period`-th after it are extrapolated, the others are plain: about as
     few evaluations as extrapolating always, at a fraction of the work. A sample whose residual has
-    risen is extrapolated at once. The least-squares problem is solved from normal equations with a
-    ridge relative to each column; a difference that depends on newer ones is dropped. A sample
-    whose residual exceeds `restart_ratio` times its best restarts from its best iterate with an
-    empty memory.
+    risen is extrapolated at once; one that a plain step at the rate of the last will finish is not.
+    The least-squares problem is solved from normal equations with a ridge relative to each column;
+    a difference that depends on newer ones is dropped. A sample whose residual exceeds
+    `restart_ratio` times its best restarts from its best iterate with an empty memory.
 
     Attributes:
         memory: Differences kept. Each takes twice the size of a state.
@@ -109,65 +110,92 @@ class Anderson(Solver):
 
 
 class _Anderson(Memory):
-    rows = ("dF", "dR", "gram", "fz", "r")
+    rows = ("gram", "fz", "r")
 
     def __init__(self, solver: Anderson, z: Tensor) -> None:
         batch, n, m = *z.shape, solver.memory
         # The differences only steer: float32 keeps the digits they need, at half the traffic.
         dtype = torch.float32 if z.numel() > _TRAFFIC and m > 1 else z.dtype
-        self.scratch = Scratch(z, (batch, m, n), (batch, m, n), dtype=dtype)
+        self.scratch = Scratch(z, (m, batch, n), (m, batch, n), dtype=dtype)
         self.dF, self.dR = self.scratch.tensors  # of f(z), and of f(z) - z
-        self.gram = z.new_zeros(batch, m, m, dtype=dtype)
+        self.gram = z.new_empty(batch, m, m, dtype=dtype)
         ridge = torch.finfo(z.dtype).eps if solver.ridge is None else solver.ridge
         self.ridged = self.gram.new_ones(m, m).fill_diagonal_(1 + ridge)
         self.solver, self.fz, self.r = solver, z, z
-        self.step = self.known = 0  # iterates so far; differences known to the Gram matrix
+        self.step = self.turn = 0  # iterates so far; differences at the last turn
+        self.known = 0  # differences known to the Gram matrix
+        self.least_growth = min(_RISEN, solver.restart_ratio)  # that asks for more than a step
+
+    def pick(self, keep: Tensor) -> None:
+        super().pick(keep)
+        used = min(self.step, self.solver.memory)
+        for name in ("dF", "dR"):
+            old = getattr(self, name)
+            new = old.new_empty(len(old), len(keep), old.shape[-1])
+            torch.index_select(old[:used], 1, keep, out=new[:used])
+            setattr(self, name, new)
+
+    def place(self) -> Tensor | None:
+        # After a plain step z is the last f(z), and the difference of f(z) is f(z) - z itself.
+        in_place = self.step > 0 and self.fz.dtype == self.dF.dtype and self.solver.memory > 1
+        return self.dF[self._slot()] if in_place else None
+
+    def _slot(self) -> int:
+        return (self.step - 1) % self.solver.memory
 
     def propose(self, f: RowMap, at: Iterate) -> Tensor:
         r = at.r
         if self.step > 0:
-            slot = (self.step - 1) % self.solver.memory
-            dF, dR = self.dF[:, slot], self.dR[:, slot]
-            dF.copy_(at.r if at.plain else at.fz - self.fz)  # plain: z is the last f(z)
+            dF, dR = self.dF[self._slot()], self.dR[self._slot()]
+            if not at.plain or self.place() is None:
+                dF.copy_(r if at.plain else at.fz - self.fz)
             if r.dtype != dF.dtype:
                 r = dF if at.plain else r.to(dF.dtype)
             torch.sub(r, self.r, out=dR)
         elif r.dtype != self.dF.dtype:
             r = r.to(self.dF.dtype)
         self.fz, self.r, self.step = at.fz, r, self.step + 1
-        restart = None if at.growth is None else self._restart(at.growth)
-        z, new = at.fz, self.step - 1 - self.known
-        if new == self.solver.period or (self.known == 0 and new == _FIRST):
-            with full_precision(at.fz):
-                z = self._extrapolated()
-        elif new > 0 and at.growth is not None:
-            risen = (at.growth > _RISEN).nonzero()[:, 0]
-            if len(risen):
-                with full_precision(at.fz):
-                    z = z.index_copy(0, risen, self._extrapolated_rows(risen))
+        z, new = at.fz, self.step - 1 - self.turn
+        worse = None if at.growth is None else _any(at.growth, self.least_growth)
+        restart = None if worse is None else self._restart(worse)
+        if new == self.solver.period or (self.turn == 0 and new == _FIRST):
+            self.turn, z = self.step - 1, self._in_turn(at)
+        elif worse is not None and new > 0:
+            rows = (worse > _RISEN).nonzero()[:, 0]
+            z = z.index_copy(0, rows, self._extrapolated_rows(rows))
         return z if restart is None else torch.where(restart[:, None], at.best_fz, z)
+
+    def _in_turn(self, at: Iterate) -> Tensor:
+        """Return the extrapolated iterates, and f(z) where that will do."""
+        near = at.nearly_done()
+        if near is None or not near.any():
+            return self._extrapolated()
+        return at.fz if near.all() else torch.where(near[:, None], at.fz, self._extrapolated())
 
     def _extrapolated(self) -> Tensor:
         """Return the iterates of (FP3), and take the new differences into the Gram matrix."""
         memory, last = self.solver.memory, self.step - 1
         used, begin = min(last, memory), max(self.known, last - memory)
         self.known = last
-        dR, gram = self.dR[:, :used], self.gram[:, :used, :used]
-        for new in _slices(begin, last, memory):
-            # Rows times a matrix: BLAS takes ten times as long over a matrix times columns.
-            products = torch.bmm(dR[:, new], dR.mT) * self.ridged[new, :used]
-            gram[:, new] = products
-            gram[:, :, new] = products.mT
-        return _mixed(self.fz, self.r, self.dF[:, :used], dR, gram, (last - 1) % memory)
+        dF, dR = (X[:used].transpose(0, 1) for X in (self.dF, self.dR))
+        gram = self.gram[:, :used, :used]
+        with full_precision(self.fz):
+            for new in _slices(begin, last, memory):
+                # Rows times a matrix: BLAS takes ten times as long over a matrix times columns.
+                products = torch.bmm(dR[:, new], dR.mT) * self.ridged[new, :used]
+                gram[:, new] = products
+                gram[:, :, new] = products.mT
+            return _mixed(self.fz, self.r, dF, dR, gram, (last - 1) % memory)
 
     def _extrapolated_rows(self, rows: Tensor) -> Tensor:
         """Return the iterates of (FP3) of some rows, out of turn: the others must not notice."""
         memory, last = self.solver.memory, self.step - 1
         used = min(last, memory)
-        dR, dF = (X[:, :used].index_select(0, rows) for X in (self.dR, self.dF))
-        gram = torch.bmm(dR, dR.mT) * self.ridged[:used, :used]
+        dF, dR = (X[:used].index_select(1, rows).transpose(0, 1) for X in (self.dF, self.dR))
         fz, r = self.fz.index_select(0, rows), self.r.index_select(0, rows)
-        return _mixed(fz, r, dF, dR, gram, (last - 1) % memory)
+        with full_precision(fz):
+            gram = torch.bmm(dR, dR.mT) * self.ridged[:used, :used]
+            return _mixed(fz, r, dF, dR, gram, (last - 1) % memory)
 
     def _restart(self, growth: Tensor) -> Tensor | None:
         """Empty the memory of the rows whose residual has grown too far; return which."""
@@ -175,9 +203,14 @@ class _Anderson(Memory):
         if not restart.any():
             return None
         self.r = self.r.clone()  # it may lie in dF
-        self.dF[restart], self.dR[restart] = 0.0, 0.0
+        self.dF[:, restart], self.dR[:, restart] = 0.0, 0.0
         self.gram[restart] = identity_like(self.gram)
         return restart
+
+
+def _any(growth: Tensor, least: float) -> Tensor | None:
+    """Return the growth of the rows if that of any is above the least that matters."""
+    return growth if (growth > least).any() else None
 
 
 def _slices(begin: int, end: int, size: int) -> list[slice]:
@@ -198,6 +231,8 @@ def _mixed(fz: Tensor, r: Tensor, dF: Tensor, dR: Tensor, gram: Tensor, newest: 
     if not good.all():
         bad = ~good.all(-1)
         gamma[bad] = _without_dependent(gram[bad], right[bad], newest)
+    if dF[0].numel() < _WITHOUT_BLAS:
+        return fz - (gamma * dF).sum(1)
     if fz.dtype == dF.dtype:
         return torch.baddbmm(fz[:, None], gamma.mT, dF, alpha=-1)[:, 0]
     return fz - torch.bmm(gamma.mT, dF)[:, 0]

@@ -61,13 +61,14 @@ class StateShape:
     def flatten(self, z: Any) -> Tensor:
         """Return z as (batch, n)."""
         if self.single:
-            return z.reshape(z.shape[0], self.size)
+            return z if z.dim() == 2 else z.reshape(z.shape[0], self.size)
         return torch.cat([part.flatten(1) for part in z], dim=1)
 
     def unflatten(self, flat: Tensor) -> Any:
         """Return the tensor or tuple that flat (batch, n) holds."""
         if self.single:
-            return flat.reshape(flat.shape[0], *self.shapes[0])
+            shape = self.shapes[0]
+            return flat if len(shape) == 1 else flat.reshape(flat.shape[0], *shape)
         parts = flat.split([math.prod(shape) for shape in self.shapes], dim=1)
         # Contiguous: torch 2.6 has norms that refuse a view of columns under torch.vmap.
         return tuple(

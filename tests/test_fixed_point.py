@@ -198,6 +198,47 @@ def test_anderson_extrapolates_at_once_where_a_residual_rises(memory, period):
     assert relative(together.value[[0, 1, 3]], apart.value[[0, 1, 3]]) < 1e-12
 
 
+def iterates_of_anderson(f, z, memory, period, tol, steps):
+    """Return the iterates of the docstring's schedule, by least squares on lists."""
+    zs, fs, turn = [], [], 0
+    for step in range(1, steps + 1):
+        zs.append(z)
+        fs.append(f(z))
+        sizes = [float((b - a).norm()) for a, b in zip(zs, fs, strict=True)]
+        enough = tol * max(1.0, float(fs[-1].norm()))
+        if sizes[-1] <= enough:
+            break
+        z, known = fs[-1], step - 1
+        if known - turn == period or (turn == 0 and known == 2):
+            turn = known
+            if sizes[-1] ** 2 > min(sizes[:-1]) * enough:
+                dF = torch.stack([b - a for a, b in zip(fs, fs[1:], strict=False)][-memory:])
+                r = [b - a for a, b in zip(zs, fs, strict=True)]
+                dR = torch.stack([b - a for a, b in zip(r, r[1:], strict=False)][-memory:])
+                z = fs[-1] - torch.linalg.lstsq(dR.mT, r[-1][:, None]).solution[:, 0] @ dF
+    return torch.stack(zs)
+
+
+@pytest.mark.parametrize(
+    "memory, period", [(16, 4), (3, 4), (4, 4), (5, 2), (2, 3), (1, 4), (4, 1)]
+)
+def test_anderson_follows_its_schedule(memory, period):
+    W = torch.linalg.qr(randn(40, 40, seed=3))[0]
+    x, tol = 0.5 * randn(40), 1e-5
+    f = lambda z: torch.tanh(0.8 * z @ W + x)
+    seen = []
+
+    def noting(z):
+        seen.append(z[0].clone())
+        return f(z)
+
+    solver = Anderson(memory=memory, period=period, tol=tol)
+    found = fixed_point(noting, torch.zeros(1, 40).double(), solver=solver)
+    expected = iterates_of_anderson(f, torch.zeros(40).double(), memory, period, tol, 200)
+    assert int(found.evaluations) == len(expected) == len(seen) > 8
+    assert relative(torch.stack(seen), expected) < 1e-9
+
+
 def test_rows_that_are_done_leave_before_they_cost_much():
     A, c = linear_map(0.99, batch=64, n=30)
     rate = torch.full((64, 1), 0.1).double()
