@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+_BLOCKS = 256  # rows from which a symmetric product is formed in blocks
 
 
 class LUFactor(NamedTuple):
@@ -31,6 +34,26 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def not_finite(x: Tensor) -> Tensor | None:
+    """Return which rows of x (batch, n) have an entry that is not finite, or `None` if none has."""
+    if x.sum(-1).isfinite().all():  # a tenth of the time of a look at every entry
+        return None
+    bad = ~x.isfinite().all(-1)
+    return bad if bad.any() else None
+
+
+def gram(W: Tensor) -> Tensor:
+    """Return W W' for W (i, j): on the CPU little more than its lower half is computed."""
+    n = len(W)
+    if W.is_cuda or n < _BLOCKS:
+        return W @ W.mT
+    found, ends = W.new_empty(n, n), [n * k // 4 for k in range(5)]
+    for begin, end in pairwise(ends):
+        torch.mm(W[begin:end], W[:end].mT, out=found[begin:end, :end])
+        found[:begin, begin:end] = found[begin:end, :begin].mT
+    return found
 
 
 def identity_like(X: Tensor) -> Tensor:

@@ -62,9 +62,14 @@ class Batch:
         return layers_of(self.model)
 
     def visit(
-        self, take: Callable[[Chunk], None]
+        self, take: Callable[[Chunk], Tensor | None], *, gradient_first: bool = True
     ) -> tuple[Tensor, Tensor, list[FixedPointSolution]]:
         """Linearise one chunk after the other and hand each to `take`, which autocast leaves alone.
+
+        Args:
+            take: What is to be done with a chunk. It may return the gradient of the chunk's share
+                of the loss if that is not formed first.
+            gradient_first: Form that gradient before `take`, else after it, if it has none.
 
         Returns:
             Mean loss, its gradient (m,), and the forward solves of the DEQ layers.
@@ -77,9 +82,11 @@ class Batch:
         for x, y in self.pieces:
             chunk, cost = self.linearized(x, y)
             losses.append(cost)
-            gradients.append(chunk.at.pull(chunk.cotangent))
+            gradient = chunk.at.pull(chunk.cotangent) if gradient_first else None
             with full_precision(x):
-                take(chunk)
+                taken = take(chunk)
+            gradient = taken if gradient is None else gradient
+            gradients.append(chunk.at.pull(chunk.cotangent) if gradient is None else gradient)
             solutions += self.solutions()
         return torch.stack(losses).sum(), torch.stack(gradients).sum(0), solutions
 

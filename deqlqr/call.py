@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from deqlqr._linalg import not_finite
 from deqlqr.adjoint import Implicit, Neumann, make_adjoint
 from deqlqr.equilibrium import Flat, Problem
 from deqlqr.fixed_point import solve_flat
@@ -172,8 +173,9 @@ class Call:
         layer, dtype = self.layer, right.dtype
         work = right.float() if torch.finfo(dtype).bits < 32 else right
         # What is not finite (an overflow that a gradient scaler looks for) is passed on as it is.
-        lost = ~work.isfinite().all(-1)
-        work = work.masked_fill(lost[:, None], 0.0)
+        lost = not_finite(work)
+        if lost is not None:
+            work = work.masked_fill(lost[:, None], 0.0)
         start = self._warmed("lam", work, None)
         tol = self._tolerance(dtype) or layer.solver.tolerance(dtype)
         with torch.no_grad():
@@ -182,16 +184,19 @@ class Call:
                 found = solver.solve_by(resolvent, product, work, start, rough)
             else:
                 found = solver.solve(product, work, tol, start)
-        # Nobody asks about a sample whose A is not finite: its part is nothing.
-        idle = (work == 0).all(-1) & ~found.value.isfinite().all(-1)
-        codes = found.result.masked_fill(idle, int(FixedPointResult.CONVERGED))
-        value = found.value.masked_fill(idle[:, None], 0.0)
-        solution = replace(found, value=value, result=codes)
+        idle = not_finite(found.value)
+        if idle is not None:
+            # Nobody asks about a sample whose A is not finite: its part is nothing.
+            idle = idle & (work == 0).all(-1)
+            codes = found.result.masked_fill(idle, int(FixedPointResult.CONVERGED))
+            found = replace(found, value=found.value.masked_fill(idle[:, None], 0.0), result=codes)
         if rough is None:
-            layer.backward_solution = solution
-            self._keep("lam", value)
-        layer.report(solution, "adjoint (D1) of the block")
-        return value.masked_fill(lost[:, None], float("nan")).to(dtype)
+            layer.backward_solution = found
+            self._keep("lam", found.value)
+        layer.report(found, "adjoint (D1) of the block")
+        if lost is not None:
+            return found.value.masked_fill(lost[:, None], float("nan")).to(dtype)
+        return found.value.clone() if dtype == found.value.dtype else found.value.to(dtype)
 
     def _warmed(self, kind: str, like: Tensor, cold: Tensor | None) -> Any:
         kept = self.layer._warm.get((kind, self.key)) if self.layer.warm_start else None

@@ -153,7 +153,9 @@ class _Seen(Batch):
 
     chunk: Chunk
 
-    def visit(self, take: Any) -> tuple[Tensor, Tensor, list[FixedPointSolution]]:
+    def visit(
+        self, take: Any, *, gradient_first: bool = True
+    ) -> tuple[Tensor, Tensor, list[FixedPointSolution]]:
         """Hand the one chunk to `take`."""
         take(self.chunk)
         none = self.controls.parameters[0].detach().new_zeros(self.controls.m)

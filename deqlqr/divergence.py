@@ -43,6 +43,10 @@ class OutputDivergence(Divergence):
         values, vectors = torch.linalg.eigh(self.metric(y))
         return vectors * values.clamp(min=0.0).sqrt()[..., None, :]
 
+    def coordinates(self, y: Tensor, c: Tensor) -> Tensor:
+        """Return w (batch, r) with C w = c, for c (batch, k) in the range of Lambda."""
+        return (torch.linalg.pinv(self.root(y)) @ c[..., None])[..., 0]
+
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Return a random c (batch, k) with mean 0 and covariance Lambda."""
         C = self.root(y)
@@ -64,8 +68,19 @@ class CategoricalKL(OutputDivergence):
         p = y.softmax(-1)
         q = p.sqrt()
         C = torch.diag_embed(q) - p[..., :, None] * q[..., None, :]
-        # C q = 0: the reflection that takes q to the last axis leaves nothing in the last column.
+        # C q = 0: the reflection that takes q to an axis leaves nothing in that axis' column. With
+        # the axis of the likeliest class, columns stay apart however unlikely a class is.
+        order = _likeliest_last(p)
+        q, C = q.gather(-1, order), C.gather(-1, order[..., None, :].expand_as(C))
         return C[..., :-1] - C[..., -1:] * (q[..., :-1] / (1 + q[..., -1:]))[..., None, :]
+
+    def coordinates(self, y: Tensor, c: Tensor) -> Tensor:
+        """Return w with C w = c for c that sums to zero: what the reflection makes of c / q."""
+        p = y.softmax(-1)
+        order = _likeliest_last(p)
+        q, c = p.sqrt().gather(-1, order), c.gather(-1, order)
+        v = torch.where(c == 0, 0.0, c / q)
+        return v[..., :-1] - q[..., :-1] * (v[..., -1:] / (1 + q[..., -1:]))
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Return the gradient in y of -log p of a class drawn from the model, `(batch, k)`."""
@@ -73,6 +88,14 @@ class CategoricalKL(OutputDivergence):
         # Of a p that is not finite c is not either; multinomial would raise.
         drawn = torch.multinomial(p.where(p.isfinite(), 1.0), 1, generator=generator)
         return p.scatter_add(-1, drawn, torch.full_like(p[..., :1], -1.0))
+
+
+def _likeliest_last(p: Tensor) -> Tensor:
+    """Return the order of the classes in which the likeliest and the last have changed places."""
+    order = torch.arange(p.shape[-1], device=p.device).expand(p.shape)
+    likeliest = p.argmax(-1, keepdim=True)
+    last = torch.full_like(likeliest, p.shape[-1] - 1)
+    return order.scatter(-1, likeliest, last).scatter(-1, last, likeliest)
 
 
 @dataclass(frozen=True)

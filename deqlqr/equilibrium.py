@@ -18,7 +18,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from deqlqr._checks import transformed
-from deqlqr._linalg import batch_first
+from deqlqr._linalg import batch_first, not_finite
 from deqlqr.adjoint import Neumann
 from deqlqr.resolvent import Product
 
@@ -110,8 +110,10 @@ class _Equilibrium(torch.autograd.Function):
         ]  # integers have no gradient and need none
         if not torch.is_grad_enabled() and not transformed():
             at = _evaluated(problem.f, z, tensors, wanted)
-            lost = ~at.fz.detach().isfinite().all(-1) & (g == 0).all(-1)
-            if lost.any() and not lost.all():  # 0 times NaN would reach shared parameters
+            lost = not_finite(at.fz.detach())
+            lost = None if lost is None else lost & (g == 0).all(-1)
+            # 0 times NaN would reach shared parameters.
+            if lost is not None and lost.any() and not lost.all():
                 z, *tensors = _filled(lost, (z, *tensors), (True, *problem.per_sample))
                 at = _evaluated(problem.f, z, tensors, wanted)
             _require_complete(at)

@@ -12,6 +12,11 @@ so that u of (F3), for damping D = delta I or one delta for each parameter, is
 a system of batch x rank(Lambda) unknowns in place of m. With one random c per sample in place of C,
 E[c c'] = Lambda, the same formula has batch unknowns and an unbiased estimate of (W2).
 
+If a loss has its gradient dJ/dy = C w in the metric's range, as the likelihood has whose metric it
+is, its gradient in the controls is a sum of the rows, and takes no adjoint solve of its own:
+
+    (W5)  g = W' (sqrt(batch) w),   J the mean of the samples' losses
+
 Along u the outputs bend by y'' = d2 y(theta + h u) / dh2, which a trial evaluation shows. The
 geodesic acceleration takes that back, to second order and as far as the damping lets it:
 
@@ -40,6 +45,7 @@ Draw = Callable[[Tensor], Tensor]
 
 _ROUNDS = 3  # of refinement
 _ENOUGH = 100  # times the rounding unit: no refinement below
+_LARGEST = 10  # times a sum: its terms, which bring that much of their error
 
 
 class OutputSpace:
@@ -138,6 +144,16 @@ class OutputSpace:
         return torch.linalg.cholesky_ex(W.mT @ W + torch.diag(shift))
 
 
+def _spans(C: Tensor, w: Tensor, c: Tensor) -> bool:
+    """Return whether C w is c but for rounding, and no sum of terms that are much larger."""
+    size = lambda v: torch.linalg.vector_norm(v, dim=-1)
+    missing = size((C @ w[..., None])[..., 0] - c)
+    terms = size(w * torch.linalg.vector_norm(C, dim=-2))
+    # Of a sample that is right already c is all rounding: what counts is the sum over samples.
+    rounding = _ENOUGH * torch.finfo(c.dtype).eps * size(c).amax()
+    return bool(((missing <= rounding) & (terms <= _LARGEST * size(c) + rounding)).all())
+
+
 def linearize_outputs(
     at: Batch,
     divergence: OutputDivergence,
@@ -166,14 +182,20 @@ def linearize_outputs(
     roots: list[Tensor] = []
     outputs: list[Tensor] = []
 
-    def take(chunk: Chunk) -> None:
+    def take(chunk: Chunk) -> Tensor | None:
         y = chunk.at.outputs
         C = (divergence.root(y) if draw is None else draw(y)) / at.count**0.5
-        chunks.append(Rows.of(chunk.at, C.unbind(-1), tol).to(dtype))  # (W2)
+        rows = Rows.of(chunk.at, C.unbind(-1), tol).to(dtype)  # (W2)
+        chunks.append(rows)
         roots.append(C)
         outputs.append(y)
+        if draw is not None:
+            return None
+        c = chunk.cotangent.to(y.dtype)
+        w = divergence.coordinates(y, c) * at.count**0.5
+        return rows.transpose_times(w.to(dtype)) if _spans(C, w, c) else None  # (W5)
 
-    loss, gradient, solutions = at.visit(take)
+    loss, gradient, solutions = at.visit(take, gradient_first=draw is not None)
     return OutputSpace(
         loss, gradient.to(dtype), Rows.joined(chunks), torch.cat(outputs), torch.cat(roots),
         solutions,

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deqlqr._linalg import LUFactor, full_precision, identity_like, lu_factor, norm
@@ -100,6 +101,8 @@ class Resolvent:
         self._steps = 0  # of (G1)
         self._alone = 0  # steps of the last solve that had no pairs to start from
         self._unhelpful = 0  # solves in a row that the pairs did not help
+        self._powers = _Powers()
+        self._at_once = 0  # powers of L that should do for this right side
 
     def solve(
         self, right: Tensor, start: Tensor | None = None, tol: float | None = None
@@ -125,12 +128,16 @@ class Resolvent:
                 self._solve_krylov(rights[:, k], None if starts is None else starts[:, k], tol)
                 for k in range(rights.shape[1])
             ]
-            found = LinearSolution(
-                torch.cat([p.value for p in parts], 1),
-                torch.stack([p.result for p in parts]).amax(0),
-                torch.stack([p.evaluations for p in parts]).sum(0),
-                torch.stack([p.residual for p in parts]).amax(0),
-                torch.stack([p.error for p in parts]).amax(0),
+            found = (
+                parts[0]
+                if len(parts) == 1
+                else LinearSolution(
+                    torch.cat([p.value for p in parts], 1),
+                    torch.stack([p.result for p in parts]).amax(0),
+                    torch.stack([p.evaluations for p in parts]).sum(0),
+                    torch.stack([p.residual for p in parts]).amax(0),
+                    torch.stack([p.error for p in parts]).amax(0),
+                )
             )
         return found if several else replace(found, value=found.value[:, 0])
 
@@ -154,8 +161,11 @@ class Resolvent:
 
     def _solve_krylov(self, right: Tensor, start: Tensor | None, tol: float) -> LinearSolution:
         """Solve from the pairs at hand, and from none if they lead nowhere: rounding wears them."""
-        if self._unhelpful == _TRIED and right.shape[1] > _PAIRS:
+        large = right.shape[1] > _PAIRS
+        if self._unhelpful == _TRIED and large:
             self._pairs.clear()
+        short = large and tol == self.tol and 1 < self._alone <= _Powers.most(right.dtype)
+        self._at_once = self._alone if short else 0
         worn, spent = self._pairs.count > 0, self._steps
         found = self._solve_once(right, start, tol)
         if worn and not found.converged.all():
@@ -218,10 +228,14 @@ class Resolvent:
                 x_next, r_next = self._pairs.reduce(x, r)
             size, before = (torch.linalg.vector_norm(v, dim=-1) for v in (r_next, r))
             # Pairs that do not help cost more than they save, now and later.
-            if (size > _WORTH * before).all():
+            if (size > _WORTH * before).all() or (self._at_once and (size > goal).any()):
                 self._pairs.clear()
             else:
                 x, r = x_next, r_next
+        if self._at_once and not self._pairs.count:
+            self._steps += self._at_once
+            with full_precision(r):
+                x, r = self._powers.reduce(x, r, self._at_once, self._times, goal)
         moved = True
         while moved and self.products - spent < self.max_steps:
             running = torch.linalg.vector_norm(r, dim=-1) > goal
@@ -272,7 +286,9 @@ class Resolvent:
     def _inverse_norm(self, right: Tensor) -> Tensor:
         """Return a bound of ||(I - L)^-1|| on the span of the q, which the p span as its image."""
         if not self._pairs.count:
-            return torch.ones_like(right[:, 0])
+            return (
+                torch.ones_like(right[:, 0]) if self._powers.bound is None else self._powers.bound
+            )
         P = self._pairs.p
         # ||P||_2^2 is at most the largest row sum of |P P'|: no eigenvalues, which can fail.
         with full_precision(P):
@@ -301,15 +317,15 @@ class Resolvent:
         tol: float,
     ) -> LinearSolution:
         size = lambda v: torch.linalg.vector_norm(v, dim=-1)
-        least = _least(x)
-        residual = (size(r) / size(rights).clamp(min=least)).amax(-1)
-        error = (inverse_norm * size(r) / size(x).clamp(min=least)).amax(-1)
+        least, size_r = _least(x), size(r)
+        residual = (size_r / size(rights).clamp(min=least)).amax(-1)
+        error = (inverse_norm * size_r / size(x).clamp(min=least)).amax(-1)
         # Rounding alone leaves what it leaves, however small tol is.
         reach = max(2 * tol, 1e2 * torch.finfo(x.dtype).eps)
         result = torch.where(
             residual <= reach, int(FixedPointResult.CONVERGED), int(FixedPointResult.MAX_STEPS)
         )
-        finite = residual.isfinite() & x.flatten(1).isfinite().all(-1)
+        finite = residual.isfinite() & x.sum((1, 2)).isfinite()
         result = result.masked_fill(~finite, int(FixedPointResult.NON_FINITE))
         return LinearSolution(x, result, torch.full_like(result, products), residual, error)
 
@@ -320,6 +336,10 @@ def _least(like: Tensor) -> float:
     The cotangent of a sample that is right already can be.
     """
     return torch.finfo(like.dtype).tiny ** 0.5
+
+
+def _ridge(like: Tensor) -> float:
+    return 8 * torch.finfo(like.dtype).eps
 
 
 class _Pairs:
@@ -375,3 +395,68 @@ class _Pairs:
         share = torch.bmm(r[:, None], self.q.mT)
         x = torch.baddbmm(x[:, None], share, self.p)[:, 0]
         return x, torch.baddbmm(r[:, None], share, self.q, alpha=-1)[:, 0]
+
+
+class _Powers:
+    """The least residual in the span of r, L r, ..., from one small system for each sample.
+
+    Attributes:
+        bound: Of ||(I - L)^-1|| on the first such span, and of what rounding in the last amounts
+            to; `None` before.
+    """
+
+    def __init__(self) -> None:
+        self.bound: Tensor | None = None
+        self._inverse_norm: Tensor | None = None
+        self._block = torch.empty(0)
+
+    @staticmethod
+    def most(dtype: torch.dtype) -> int:
+        """Return how many powers span their space well enough for normal equations."""
+        return 8 if dtype == torch.float64 else 4
+
+    def reduce(
+        self, x: Tensor, r: Tensor, count: int, product: Product, goal: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return x moved by r, L r, ... L^(count - 1) r so that its residual r is least."""
+        if self._block.shape != (count + 1, *r.shape):
+            self._block = r.new_empty(count + 1, *r.shape)
+        power = self._block[0].copy_(r)
+        for k in range(count):
+            power = product(power)
+            self._block[k + 1] = power
+        P = self._block.transpose(0, 1)
+        gram = P @ P.mT
+        QP = gram[:, :-1] - gram[:, 1:]  # q_k = p_k - p_(k + 1)
+        QQ = QP[..., :-1] - QP[..., 1:]
+        squares = QQ.diagonal(dim1=-2, dim2=-1)[..., None]
+        # A power that has vanished, or depends on others but for rounding, adds nothing.
+        scale = torch.where(squares > _least(r) ** 2, squares.rsqrt(), 0.0)
+        system = QQ * scale * scale.mT
+        system.diagonal(dim1=-2, dim2=-1).copy_(torch.full_like(squares[..., 0], 1 + _ridge(r)))
+        L, info = torch.linalg.cholesky_ex(system)
+        L = torch.where((info == 0)[:, None, None], L, float("inf"))  # moves nothing
+        found, share = torch.zeros_like(scale), QP[..., :1]
+        for again in (True, False):
+            step = scale * torch.cholesky_solve(scale * share, L)
+            step = step.nan_to_num(0.0, 0.0, 0.0)
+            found = found + step
+            difference = F.pad(step, (0, 0, 1, 0)) - F.pad(step, (0, 0, 0, 1))  # Q step = -P it
+            r = torch.baddbmm(r[:, None], difference.mT, P)[:, 0]
+            if not again or (torch.linalg.vector_norm(r, dim=-1) <= goal).all():
+                break
+            rest = torch.bmm(r[:, None], P.mT).mT  # squaring the condition in QQ has cost digits
+            share = rest[:, :-1] - rest[:, 1:]
+        if self._inverse_norm is None:
+            self._inverse_norm = self._bounded(gram, scale, L)
+        norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        terms = (found[..., 0].abs() * norms[:, :-1]).sum(-1) / norms[:, 0]
+        self.bound = torch.maximum(self._inverse_norm, terms.nan_to_num(1.0))
+        return torch.baddbmm(x[:, None], found.mT, P[:, :-1])[:, 0], r
+
+    @staticmethod
+    def _bounded(gram: Tensor, scale: Tensor, L: Tensor) -> Tensor:
+        """Return a bound of the norm of the p that belong to orthonormal q."""
+        half = torch.linalg.solve_triangular(L, scale * gram[:, :-1, :-1], upper=False)
+        inner = torch.linalg.solve_triangular(L, scale * half.mT, upper=False)
+        return inner.abs().sum(-1).amax(-1).clamp(min=1.0).sqrt().nan_to_num(1.0)

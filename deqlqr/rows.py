@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deqlqr._linalg import gram
 from deqlqr.sensitivity import Sensitivity
 from deqlqr.uses import Linear, MatMul, Use, leaves_of
 
+_NARROW = 256  # entries below which rows of several parameters are joined for a product
 FEW = 16  # entries up to which the Jacobian of a tensor made from parameters is formed
 
 
@@ -186,9 +188,11 @@ class Rows:
         """Return W W' (batch r, batch r), of some parameters by their places, or of all."""
         chosen = self.parts if places is None else [self.parts[i] for i in places]
         plain = [part.rows.flatten(0, 1) for part in chosen if isinstance(part, Plain)]
-        outer = [part.gram() for part in chosen if isinstance(part, Outer)]
-        W = torch.cat(plain, dim=1) if len(plain) > 1 else None if not plain else plain[0]
-        terms = outer if W is None else [*outer, W @ W.mT]
+        terms = [part.gram() for part in chosen if isinstance(part, Outer)]
+        narrow = [W for W in plain if W.shape[1] < _NARROW]
+        wide = [W for W in plain if W.shape[1] >= _NARROW]
+        joined = [torch.cat(narrow, dim=1)] if narrow else []
+        terms += [gram(W) for W in (*wide, *joined)]
         return sum(terms[1:], terms[0])
 
     def times(self, v: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ class Conv2d(Factored):
     def rows_of_each(self, gs: Sequence[Tensor]) -> Tensor:
         """Return g a' of each g, summed over positions: the pixels are copied once for all."""
         if _pair(self.stride) != (1, 1):
-            return super().rows_of_each(gs)
+            outer = _joined(gs, 1).flatten(2) @ self.inputs()
+            return outer.reshape(len(gs[0]), len(gs), *self.operand.shape)
         # At stride 1 what an entry of the kernel sees is the image, moved: of rows laid end to end
         # one run, if g has zeros where it runs over the margin. That is copied fast.
         (high, wide), (down, right) = self.operand.shape[2:], _pair(self.dilation)
@@ -133,7 +134,7 @@ class Conv2d(Factored):
         a = F.pad(self.a.to(self.operand.dtype), (beside, beside, above, above))
         width, reach = a.shape[3], right * (wide - 1)
         a = F.pad(a.flatten(2), (0, reach)).contiguous()
-        g = F.pad(_joined(gs, 1), (0, reach)).flatten(2)
+        g = _joined_above(gs, reach).flatten(2)
         size = a.shape[1], high, wide, g.shape[2]
         strides = a.stride(0), a.stride(1), down * width, right, 1
         outer = g.new_empty(*g.shape[:2], a.shape[1] * high * wide)
@@ -212,6 +213,17 @@ def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
+def _joined_above(gs: Sequence[Tensor], reach: int) -> Tensor:
+    """Return images (batch, out, h, w) over each other, with zeros at the end of every row."""
+    first = gs[0]
+    batch, out, high, wide = first.shape
+    joined = first.new_empty(batch, len(gs) * out, high, wide + reach)
+    joined[..., wide:] = 0.0
+    for k, g in enumerate(gs):
+        joined[:, k * out : (k + 1) * out, :, :wide] = g
+    return joined
+
+
 def _pair(option: Any) -> tuple[int, int]:
     """Return an option of a convolution for height and width."""
     one, other = (option, option) if isinstance(option, int) else (*option, option[0])[:2]
@@ -238,6 +250,17 @@ def leaves_of(tensor: Tensor) -> list[Tensor]:
             leaves.append(variable)
         nodes.extend(parent for parent, _ in node.next_functions)
     return leaves
+
+
+def _tensors_in(*values: Any) -> list[Tensor]:
+    """Return all tensors in values that may be nested."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif value is not None and not isinstance(value, (int, float, str)):
+            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return found
 
 
 @dataclass
@@ -286,9 +309,8 @@ class Uses(TorchFunctionMode):
 
     def mark(self, values: Any) -> None:
         """Remember the tensors in `values` as data, which is what depends on the sample."""
-        for value in tree_leaves(values):
-            if isinstance(value, Tensor):
-                self._data[id(value)] = weakref.ref(value)
+        for value in _tensors_in(values):
+            self._data[id(value)] = weakref.ref(value)
 
     def _is_data(self, value: Tensor) -> bool:
         reference = self._data.get(id(value))
@@ -298,7 +320,7 @@ class Uses(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = _tensors_in(*args, *kwargs.values())
         if not any(self._is_data(t) for t in tensors):
             return func(*args, **kwargs)
         operands = [t for t in tensors if t.requires_grad and not self._is_data(t)]
@@ -401,9 +423,7 @@ class Uses(TorchFunctionMode):
         return result
 
     def _elementwise(self, func: Any, args: tuple, kwargs: dict, operands: list[Tensor]) -> Any:
-        data = [
-            t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self._is_data(t)
-        ]
+        data = [t for t in _tensors_in(*args, *kwargs.values()) if self._is_data(t)]
         dims = data[0].dim()
         plain = all(t.dim() == dims and t.shape[0] == self.batch for t in data)
         if not plain or any(p.dim() > dims for p in operands):

@@ -13,6 +13,7 @@ from deqlqr import (
     Neumann,
     Resolvent,
 )
+from deqlqr import resolvent as resolvent_module
 
 from .problems import randn, relative
 
@@ -95,6 +96,59 @@ def test_residuals_that_are_not_formed_anew_are_true_in_single_precision(rho, to
         true = torch.linalg.vector_norm(r, dim=-1) / torch.linalg.vector_norm(c, dim=-1)
         assert found.converged.all() and (true <= 2 * max(tol, 6e-6)).all()
         assert (true <= 2 * found.residual + tol).all()
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.float64, 1e-8)])
+@pytest.mark.parametrize("size", [0.02, 0.05, 0.1])
+def test_short_solves_are_done_at_once(dtype, tol, size, monkeypatch):
+    n, used, reduce = 100, [], resolvent_module._Powers.reduce
+    noting = lambda *args: used.append(args[3]) or reduce(*args)
+    monkeypatch.setattr(resolvent_module._Powers, "reduce", noting)
+    L = randn(6, n, n)
+    L = size * L / torch.linalg.matrix_norm(L, 2)[:, None, None]
+    L[1] = 0.0  # solved in no product, in one, and by a nilpotent map: powers vanish
+    L[2] = size * torch.eye(n)
+    L[3] = torch.diag_embed(torch.full((n - 1,), size).double(), 1)
+    L[4] = 0.0
+    L[4, 0, 1] = size
+    calls, counts = [], []
+    product = product_with(L.to(dtype), calls)
+    resolvent = Resolvent(product, tol=tol, max_steps=50, dense=False)
+    for k in range(6):
+        c, before = randn(6, n, seed=k).to(dtype), len(calls)
+        c[5] *= 1e-6
+        if k == 3:
+            c[5] = 0.0
+        found = resolvent.solve(c)
+        counts.append(len(calls) - before)
+        r = c.double() + product_with(L)(found.value.double()) - found.value.double()
+        true = r.norm(dim=-1) / c.double().norm(dim=-1).clamp(min=1e-30)
+        assert found.converged.all() and (true <= 1.1 * tol).all()
+        assert ((true - found.residual).abs() <= 0.1 * tol).all()
+        assert relative(found.value.double(), exact(L, c.double())) < 3 * tol
+        error = (found.value.double() - exact(L, c.double())).norm(dim=-1)
+        assert (error <= 1.1 * (found.error + 0.1 * tol) * found.value.double().norm(dim=-1)).all()
+    at_once = counts[0] - 1 <= resolvent_module._Powers.most(dtype)
+    assert len(used) == (5 if at_once else 0) and (at_once or size == 0.1)
+    if at_once:  # the first had its residual formed anew
+        assert counts[1:] == [counts[0] - 1] * 5 and resolvent._pairs.count == 0
+
+
+def test_what_is_not_done_at_once_is_finished_step_by_step():
+    L, calls = contraction(n=100, rho=0.02), []
+    resolvent = Resolvent(product_with(L, calls), tol=1e-8, max_steps=50, dense=False)
+    easy = randn(5, 100, seed=1)
+    easy = easy - product_with(L)(easy)  # solved by one step
+    resolvent.solve(1e-9 * randn(5, 100, seed=2) + easy)
+    hard = randn(5, 100, seed=3)
+    found = resolvent.solve(hard)
+    assert found.converged.all() and relative(found.value, exact(L, hard)) < 1e-7
+    hard[2, 0] = float("nan")
+    found = resolvent.solve(hard)
+    good = [0, 1, 3, 4]
+    assert found.converged.tolist() == [True, True, False, True, True]
+    assert found.result[2] == FixedPointResult.NON_FINITE
+    assert relative(found.value[good], exact(L, hard)[good]) < 1e-7
 
 
 def test_a_start_near_the_solution_saves_products():

@@ -33,6 +33,7 @@ from deqlqr.krylov import ConjugateGradients
 from deqlqr.loss import make_loss
 from deqlqr.resolvent import Resolvent
 from deqlqr.routes import Memory
+from deqlqr.sensitivity import Sensitivity
 
 from .problems import (
     Squared,
@@ -157,6 +158,47 @@ def test_random_cotangents_have_the_metric_as_covariance(divergence):
     assert relative(root @ root.mT, metric) < 1e-12
     c = divergence.sample(y.repeat(4000, 1), generator).view(4000, 2, 3)
     assert relative(torch.einsum("sbi,sbj->bij", c, c) / 4000, metric) < 0.1
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=list(DIVERGENCES))
+def test_the_coordinates_of_a_gradient_in_the_root(divergence, scale):
+    y, target = scale * randn(40, 3), torch.arange(40) % 3  # every class, likely or not
+    c = y.softmax(-1) - nn.functional.one_hot(target, 3)
+    w, C = divergence.coordinates(y, c), divergence.root(y)
+    assert relative((C @ w[..., None])[..., 0], c) < 1e-9
+    if isinstance(divergence, CategoricalKL):
+        terms = (w * C.norm(dim=-2)).norm(dim=-1)
+        assert (terms <= 1.5 * c.norm(dim=-1)).all()  # nothing cancels
+
+
+class Shifted(nn.Module):
+    """Cross entropy and a multiple of the outputs' sum, which is not in the metric's range."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, y, target):
+        return nn.functional.cross_entropy(y, target) + self.share * y.sum(-1).mean()
+
+
+@pytest.mark.parametrize("share, pulls", [(0.0, 0), (0.5, 2)])
+@pytest.mark.parametrize("name", ["dense", "conv"])
+def test_the_gradient_comes_from_the_rows_where_the_metric_has_it(share, pulls, name, monkeypatch):
+    model, (x, y) = exact(CASES[name][0]()), CASES[name][1]()
+    x, done, pull = x.double(), [], Sensitivity.pull
+    monkeypatch.setattr(Sensitivity, "pull", lambda self, c: done.append(1) or pull(self, c))
+    loss = Shifted(share)
+    found = local(Output(), model, x, y, CategoricalKL(), loss=loss, pieces=2)
+    assert len(done) == pulls  # of two chunks
+    controls = Controls(model)
+    grads = torch.autograd.grad(loss(model(x), y), controls.parameters)
+    g = controls.flatten(dict(zip(controls.names, grads, strict=True)))
+    assert relative(found.gradient, g) < 1e-9
+    done.clear()
+    sampled = local(Sampled(), model, x, y, CategoricalKL(), loss=loss)
+    assert len(done) == 1 and relative(sampled.gradient, g) < 1e-9
 
 
 def test_newton_by_conjugate_gradients_equals_the_static_problem():
