@@ -120,6 +120,11 @@ class GaussianKL(OutputDivergence):
         """Return the root of the metric, a multiple of the identity."""
         return self.metric(y).sqrt()
 
+    def coordinates(self, y: Tensor, c: Tensor) -> Tensor:
+        """Return w with C w = c."""
+        variance = y.shape[-1] / 2 if self.variance is None else self.variance
+        return c * variance**0.5
+
 
 @dataclass(frozen=True)
 class Custom(OutputDivergence):

@@ -12,10 +12,10 @@ so that u of (F3), for damping D = delta I or one delta for each parameter, is
 a system of batch x rank(Lambda) unknowns in place of m. With one random c per sample in place of C,
 E[c c'] = Lambda, the same formula has batch unknowns and an unbiased estimate of (W2).
 
-If a loss has its gradient dJ/dy = C w in the metric's range, as the likelihood has whose metric it
-is, its gradient in the controls is a sum of the rows, and takes no adjoint solve of its own:
+If the loss of each sample has its gradient dJ_s/dy = C w in the metric's range, as the likelihood
+has whose metric it is, the gradient in the controls is a sum of the rows, and takes no solve:
 
-    (W5)  g = W' (sqrt(batch) w),   J the mean of the samples' losses
+    (W5)  g = W'w / sqrt(batch),   J the mean of the samples' losses
 
 Along u the outputs bend by y'' = d2 y(theta + h u) / dh2, which a trial evaluation shows. The
 geodesic acceleration takes that back, to second order and as far as the damping lets it:

@@ -10,12 +10,19 @@ that spares products: to orthogonalise against many of them costs more than a ch
 
     (G2)  ||x - x*|| <= ||(I - L)^-1|| ||r||,   r = c - (I - L) x
 
+Where a solve takes few products, a further right side that the pairs do not solve is given as many
+at once, without a look at its residual in between:
+
+    (G3)  p_k = L^k c,   q_k = p_k - p_(k+1),   x = sum gamma_k p_k,   ||c - sum gamma_k q_k|| least
+
 The norm in (G2) is exact where I - L is factorised, and (G2) then a bound. Where it is not, it is
 estimated: by the pairs (p, q) if the solve converged, and by iterating r a little further if it did
 not. A slow mode that is all but absent from the right side escapes that estimate.
 
 Source: S. C. Eisenstat, H. C. Elman, M. H. Schultz (1983), Variational iterative methods for
-nonsymmetric systems of linear equations, SIAM J. Numer. Anal. 20(2), doi:10.1137/0720023.
+nonsymmetric systems of linear equations, SIAM J. Numer. Anal. 20(2), doi:10.1137/0720023; for the
+space of (G3) Y. Saad, M. H. Schultz (1986), GMRES, SIAM J. Sci. Stat. Comput. 7(3),
+doi:10.1137/0907058.
 """
 
 from collections.abc import Callable
@@ -398,7 +405,7 @@ class _Pairs:
 
 
 class _Powers:
-    """The least residual in the span of r, L r, ..., from one small system for each sample.
+    """The least residual in the span of r, L r, ... (G3), from one small system for each sample.
 
     Attributes:
         bound: Of ||(I - L)^-1|| on the first such span, and of what rounding in the last amounts

@@ -1,7 +1,6 @@
 """Tests for `deqlqr/_linalg.py`."""
 
 import pytest
-import torch
 
 from deqlqr._linalg import gram, not_finite
 
