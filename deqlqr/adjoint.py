@@ -108,7 +108,7 @@ class Neumann(Options):
         self, product: Product, right: Tensor, tol: float, start: Tensor | None = None
     ) -> LinearSolution:
         """Return (D3)."""
-        lam = term = right
+        lam = term = right.clone()
         for _ in range(self.terms):
             term = product(term)
             lam = lam + term

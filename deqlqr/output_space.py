@@ -144,6 +144,14 @@ class OutputSpace:
         return torch.linalg.cholesky_ex(W.mT @ W + torch.diag(shift))
 
 
+def _rows(chunk: Chunk, C: Tensor, tol: float | None, dtype: torch.dtype) -> Rows:
+    """Return the rows of the columns of C, pulled as unit vectors: those of rare classes vanish."""
+    size = torch.linalg.vector_norm(C, dim=-2)
+    size = torch.where(size > 0, size, 1.0)
+    rows = Rows.of(chunk.at, (C / size[:, None]).unbind(-1), tol)
+    return rows.to(dtype).scaled(size.to(dtype))
+
+
 def _spans(C: Tensor, w: Tensor, c: Tensor) -> bool:
     """Return whether C w is c but for rounding, and no sum of terms that are much larger."""
     size = lambda v: torch.linalg.vector_norm(v, dim=-1)
@@ -185,11 +193,11 @@ def linearize_outputs(
     def take(chunk: Chunk) -> Tensor | None:
         y = chunk.at.outputs
         C = (divergence.root(y) if draw is None else draw(y)) / at.count**0.5
-        rows = Rows.of(chunk.at, C.unbind(-1), tol).to(dtype)  # (W2)
+        rows = _rows(chunk, C, tol, dtype)  # (W2)
         chunks.append(rows)
         roots.append(C)
         outputs.append(y)
-        if draw is not None:
+        if draw is not None or not C.isfinite().all():
             return None
         c = chunk.cotangent.to(y.dtype)
         w = divergence.coordinates(y, c) * at.count**0.5

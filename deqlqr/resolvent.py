@@ -41,6 +41,7 @@ _PAIRS = 60  # kept; then the oldest give way
 _HELP = 0.8  # of the steps of a solve without pairs: what one with pairs may need
 _TRIED = 2  # solves that need more, after which pairs are kept no longer, if states outnumber them
 _WORTH = 0.95  # pairs at hand stay if they lower a residual to this share
+_DIGITS = 1e-2  # what normal equations may leave of the digits
 _DRIFT = 0.1  # of the tolerance: how far the recursion's residual may be from the true one
 _REFINEMENTS = 3  # times the residual is formed anew
 _FURTHER = 8  # products after a failure, to see how the error goes on
@@ -110,6 +111,10 @@ class Resolvent:
         self._unhelpful = 0  # solves in a row that the pairs did not help
         self._powers = _Powers()
         self._at_once = 0  # powers of L that should do for this right side
+        self._course: list[Tensor] = []  # residual over the goal before each step, the largest
+        self._after_two: Tensor | float = 1.0  # the same after two steps without pairs
+        self._squarable = True  # normal equations would leave enough digits
+        self._span_bound: Tensor | None = None  # of ||(I - L)^-1|| on the powers of this right side
 
     def solve(
         self, right: Tensor, start: Tensor | None = None, tol: float | None = None
@@ -172,7 +177,8 @@ class Resolvent:
         if self._unhelpful == _TRIED and large:
             self._pairs.clear()
         short = large and tol == self.tol and 1 < self._alone <= _Powers.most(right.dtype)
-        self._at_once = self._alone if short else 0
+        self._at_once = self._alone if short and self._squarable else 0
+        self._span_bound, self._course = None, []
         worn, spent = self._pairs.count > 0, self._steps
         found = self._solve_once(right, start, tol)
         if worn and not found.converged.all():
@@ -183,11 +189,14 @@ class Resolvent:
             self._unhelpful = 0 if helped else self._unhelpful + 1
         else:
             self._alone = self._steps - spent
+            self._after_two = self._course[2] if len(self._course) > 2 else 1.0
+            limit = _DIGITS / torch.finfo(right.dtype).eps ** 0.5
+            self._squarable = self._squarable and bool((self._inverse_norm(right) <= limit).all())
         return found
 
     def _solve_once(self, right: Tensor, start: Tensor | None, tol: float) -> LinearSolution:
         spent = self.products
-        x = torch.zeros_like(right) if start is None else start
+        x = torch.zeros_like(right) if start is None else start.clone()
         r = right if start is None else right + self._times(x) - x
         goal = tol * torch.linalg.vector_norm(right, dim=-1).clamp(min=_least(right))
         true, rough = r, tol > torch.finfo(right.dtype).eps ** 0.5
@@ -235,20 +244,37 @@ class Resolvent:
                 x_next, r_next = self._pairs.reduce(x, r)
             size, before = (torch.linalg.vector_norm(v, dim=-1) for v in (r_next, r))
             # Pairs that do not help cost more than they save, now and later.
-            if (size > _WORTH * before).all() or (self._at_once and (size > goal).any()):
+            if (size > _WORTH * before).all():
                 self._pairs.clear()
             else:
                 x, r = x_next, r_next
-        if self._at_once and not self._pairs.count:
-            self._steps += self._at_once
-            with full_precision(r):
-                x, r = self._powers.reduce(x, r, self._at_once, self._times, goal)
+        if self._at_once:
+            x, r = self._shortly(x, r, goal)
         moved = True
         while moved and self.products - spent < self.max_steps:
-            running = torch.linalg.vector_norm(r, dim=-1) > goal
+            left = torch.linalg.vector_norm(r, dim=-1) / goal
+            running = left > 1
             if not running.any():
                 break
+            self._course.append(left.amax())
             x, r, moved = self._enlarge(x, r, running)
+        return x, r
+
+    def _shortly(self, x: Tensor, r: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower the residual at once (G3), unless the pairs at hand spare products."""
+        count = self._at_once
+        if self._pairs.count:
+            running = torch.linalg.vector_norm(r, dim=-1) > goal
+            if not running.any():
+                return x, r
+            x, r, _ = self._enlarge(x, r, running)
+            if (torch.linalg.vector_norm(r, dim=-1) / goal).amax() <= self._after_two:
+                return x, r  # one step from the pairs leaves no more than two from nothing
+            self._pairs.clear()
+            count -= 1
+        self._steps += count
+        x, r = self._powers.reduce(x, r, count, self._times, goal)
+        self._span_bound = self._powers.bound
         return x, r
 
     def _enlarge(self, x: Tensor, r: Tensor, running: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -292,15 +318,14 @@ class Resolvent:
 
     def _inverse_norm(self, right: Tensor) -> Tensor:
         """Return a bound of ||(I - L)^-1|| on the span of the q, which the p span as its image."""
+        least = torch.ones_like(right[:, 0]) if self._span_bound is None else self._span_bound
         if not self._pairs.count:
-            return (
-                torch.ones_like(right[:, 0]) if self._powers.bound is None else self._powers.bound
-            )
+            return least
         P = self._pairs.p
         # ||P||_2^2 is at most the largest row sum of |P P'|: no eigenvalues, which can fail.
         with full_precision(P):
             gram = P @ P.mT
-        return gram.abs().sum(-1).amax(-1).clamp(min=1.0).sqrt()
+        return torch.maximum(gram.abs().sum(-1).amax(-1).sqrt(), least)
 
     def _further(self, r: Tensor) -> Tensor:
         """Return about ||(I - L)^-1 r||: some terms of the series, and the tail by their ratio."""
@@ -432,7 +457,11 @@ class _Powers:
         for k in range(count):
             power = product(power)
             self._block[k + 1] = power
-        P = self._block.transpose(0, 1)
+        with full_precision(r):
+            return self._least(x, r, self._block.transpose(0, 1), goal)
+
+    def _least(self, x: Tensor, r: Tensor, P: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and r moved for the least r, from the powers P (batch, count + 1, n)."""
         gram = P @ P.mT
         QP = gram[:, :-1] - gram[:, 1:]  # q_k = p_k - p_(k + 1)
         QQ = QP[..., :-1] - QP[..., 1:]

@@ -77,6 +77,10 @@ class Outer:
         """Return the rows in another dtype."""
         return replace(self, a=self.a.to(dtype), g=self.g.to(dtype))
 
+    def scaled(self, factor: Tensor) -> "Outer":
+        """Return the rows times a factor (batch, r) each."""
+        return replace(self, g=self.g * factor[..., None])
+
     def joined(self, others: "Sequence[Outer]") -> "Outer":
         """Return the rows of further samples below these."""
         every = [self, *others]
@@ -104,6 +108,10 @@ class Plain:
     def to(self, dtype: torch.dtype) -> "Plain":
         """Return the rows in another dtype."""
         return Plain(self.rows.to(dtype))
+
+    def scaled(self, factor: Tensor) -> "Plain":
+        """Return the rows times a factor (batch, r) each."""
+        return Plain(self.rows * factor[..., None])
 
     def joined(self, others: "Sequence[Plain]") -> "Plain":
         """Return the rows of further samples below these."""
@@ -171,6 +179,10 @@ class Rows:
     def to(self, dtype: torch.dtype) -> "Rows":
         """Return the rows in another dtype."""
         return replace(self, parts=tuple(part.to(dtype) for part in self.parts))
+
+    def scaled(self, factor: Tensor) -> "Rows":
+        """Return the rows times a factor (batch, r) each."""
+        return replace(self, parts=tuple(part.scaled(factor) for part in self.parts))
 
     @staticmethod
     def joined(chunks: "Sequence[Rows]") -> "Rows":

@@ -218,8 +218,8 @@ class Iterate(NamedTuple):
         growth: Residual over the best one seen before, `(batch,)`; `None` where all rows improved.
         best_fz: f at the best iterate of each row.
         plain: z is the last f(z), of all rows.
-        nearly_done: Returns which rows a plain step at the rate of the last one would finish,
-            boolean, `(batch,)`; `None` where that is not known.
+        nearly_done: Returns which rows are done if the residual falls once more as it did in this
+            step, boolean, `(batch,)`; `None` where that is not known.
     """
 
     z: Tensor
@@ -322,14 +322,14 @@ class _Run:
         return torch.linalg.vector_norm(fz, dim=-1).clamp_(min=1.0).mul_(self.tol)
 
     def nearly_done(self, fz: Tensor) -> Tensor | None:
-        """Return which rows a plain step at the rate of the last one would finish."""
-        if self.size is None:
+        """Return which rows are done if the residual falls once more as it did in this step."""
+        if self.size is None or self.check_every > 1:  # then it is not the last step's rate
             return None
         return self.size.square() <= self.before * self._enough(fz)
 
     def _goes_on(self, size: Tensor, fz: Tensor, enough: Tensor) -> bool:
         """Take the iterate as the best one if every row has improved, and none has converged."""
-        if not torch.equal(size.clamp(enough, self.best), size):
+        if not ((size > enough) & (size < self.best)).all():
             return False
         self.best_z, self.best_fz, self.best, self.bound = self.z, fz, size, enough
         return True

@@ -68,7 +68,7 @@ class Anderson(Solver):
 
     The third step and every `period`-th after it are extrapolated, the others are plain: about as
     few evaluations as extrapolating always, at a fraction of the work. A sample whose residual has
-    risen is extrapolated at once; one that a plain step at the rate of the last will finish is not.
+    risen is extrapolated at once; one that is done if it falls once more as it did last is not.
     The least-squares problem is solved from normal equations with a ridge relative to each column;
     a difference that depends on newer ones is dropped. A sample whose residual exceeds
     `restart_ratio` times its best restarts from its best iterate with an empty memory.
@@ -162,7 +162,8 @@ class _Anderson(Memory):
             self.turn, z = self.step - 1, self._in_turn(at)
         elif worse is not None and new > 0:
             rows = (worse > _RISEN).nonzero()[:, 0]
-            z = z.index_copy(0, rows, self._extrapolated_rows(rows))
+            if len(rows):
+                z = z.index_copy(0, rows, self._extrapolated_rows(rows))
         return z if restart is None else torch.where(restart[:, None], at.best_fz, z)
 
     def _in_turn(self, at: Iterate) -> Tensor:

@@ -239,6 +239,27 @@ def test_anderson_follows_its_schedule(memory, period):
     assert relative(torch.stack(seen), expected) < 1e-9
 
 
+def test_a_restart_below_every_rise_is_no_error():
+    W = 1.03 * torch.linalg.qr(randn(8, 8))[0]
+    x = randn(2, 8)
+    solver = Anderson(restart_ratio=1.02, max_steps=60)
+    found = fixed_point(lambda z, x: z @ W + x, 0 * x, inputs=(x,), solver=solver, throw=False)
+    assert (found.residual <= x.norm(dim=-1)).all()
+
+
+def test_what_is_enough_and_what_is_no_better_are_seen_at_once():
+    zero, solve = torch.zeros(1, 1).double(), fixed_point
+    enough = solve(lambda z: z + 0.5, zero, solver=Picard(tol=0.5))  # as large as the tolerance
+    assert int(enough.evaluations) == 1
+    larger = solve(lambda z: z + 1.0, zero, solver=Picard(tol=0.1))  # enough above the best
+    assert int(larger.evaluations) == 10
+    f = lambda z: z - z.sign() * z.abs().sqrt()  # a whole step leaves the residual as it is
+    halved = solve(f, zero + 0.25, solver=NewtonKrylov())
+    assert int(halved.evaluations) < 10
+    lost = solve(lambda z: 1e30 * z + 1e30, zero.float() + 1, solver=Picard(), throw=False)
+    assert float(lost.value) == 1.0 and lost.result[0] == FixedPointResult.NON_FINITE
+
+
 def test_rows_that_are_done_leave_before_they_cost_much():
     A, c = linear_map(0.99, batch=64, n=30)
     rate = torch.full((64, 1), 0.1).double()

@@ -151,6 +151,56 @@ def test_what_is_not_done_at_once_is_finished_step_by_step():
     assert relative(found.value[good], exact(L, hard)[good]) < 1e-7
 
 
+def low_rank(eigenvalues, n, seed=0):
+    """L (5, n, n), zero but for some eigenvalues, and their vectors."""
+    V = torch.linalg.qr(randn(5, n, n, seed=seed))[0][..., : len(eigenvalues)]
+    return V @ torch.diag(torch.tensor(eigenvalues).double()) @ V.mT, V
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-8), (torch.float32, 1e-4)])
+def test_a_slow_mode_is_not_left_to_normal_equations(dtype, tol):
+    calls, counts = [], []
+    L, V = low_rank([0.999, 0.5, -0.5], 90)
+    product = product_with(L.to(dtype), calls)
+    resolvent = Resolvent(product, tol=tol, max_steps=100, dense=False)
+    always = randn(5, 90, seed=9)
+    for k in range(6):
+        # The right sides differ in the slow directions only, which the pairs know.
+        c = (always + (V @ randn(5, 3, 1, seed=k))[..., 0]).to(dtype)
+        before, found = len(calls), resolvent.solve(c)
+        counts.append(len(calls) - before)
+        error = (found.value.double() - exact(L, c.double())).norm(dim=-1)
+        assert found.converged.all()
+        assert (error <= 4 * found.error * found.value.double().norm(dim=-1)).all()
+    assert max(counts[1:]) <= 2 < counts[0]  # the pairs are kept
+
+
+def test_products_are_formed_in_the_callers_precision():
+    W = 0.05 * torch.linalg.qr(randn(100, 100))[0].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        product = lambda v: torch.nn.functional.linear(v, W).float()
+        resolvent = Resolvent(product, tol=1e-2, max_steps=20, dense=False)
+        for k in range(4):
+            c = randn(3, 100, seed=k).float()
+            found = resolvent.solve(c)
+            assert found.converged.all() and found.value.dtype == torch.float32
+            assert relative(found.value, exact(W.float().expand(3, 100, 100), c)) < 3e-2
+
+
+def test_a_solution_is_a_tensor_of_its_own():
+    L, c = contraction(rho=0.3), randn(5, 40, seed=1)
+    start = exact(L, c)
+    kept = start.clone()
+    Resolvent(product_with(L), tol=1e-6, max_steps=9, dense=False).solve(c, start).value.zero_()
+    assert torch.equal(start, kept)
+    layer = DEQ(DenseBlock(8, 8), backward="one-step")
+    given = randn(3, 8).float()
+    layer(randn(3, 8, seed=1).float().requires_grad_()).backward(given)
+    before = layer.backward_solution.value.clone()
+    given.zero_()
+    assert torch.equal(layer.backward_solution.value, before) and before.norm() > 0
+
+
 def test_a_start_near_the_solution_saves_products():
     L, c = contraction(n=80, rho=0.95), randn(5, 80, seed=1)
     cold = Resolvent(product_with(L), tol=1e-8, max_steps=200, dense=False).solve(c)

@@ -201,6 +201,21 @@ def test_the_gradient_comes_from_the_rows_where_the_metric_has_it(share, pulls, 
     assert len(done) == 1 and relative(sampled.gradient, g) < 1e-9
 
 
+@pytest.mark.parametrize("gap", [2.0, 15.0, 30.0, 60.0, 85.0, 95.0, 120.0])
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.bfloat16])
+def test_classes_however_rare_have_their_gradient(gap, precision):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), DEQ(DenseBlock(32, 32)), nn.Linear(32, 3))
+    with torch.no_grad():
+        model[-1].bias.copy_(torch.tensor([gap, 0.0, -1.0]))
+    x, y = randn(8, 6).float(), torch.arange(8) % 2 + 1  # the rare ones are right
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        at = Batch(model, Controls(model), make_loss("cross_entropy"), [(x, y)])
+        found = Output().local(at, CategoricalKL(), torch.float32, Memory())
+        _, pulled, _ = at.visit(lambda chunk: None)
+    assert relative(found.gradient, pulled) < (1e-4 if precision == torch.float32 else 3e-2)
+
+
 def test_newton_by_conjugate_gradients_equals_the_static_problem():
     model, (x, y) = exact(dense_model()), dense_batch()
     lqr = linearize(model, x.double(), y, divergence="newton", damping=3.0)
