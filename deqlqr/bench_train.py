@@ -58,7 +58,8 @@ _DENSE = "batch x state size is above 4096 states (figure 4.1 has it, on a small
 def mnist_race(name: str, root: Path, *, train_size: int | None = None) -> Race:
     """Return a race on MNIST: steps and seconds to a test accuracy.
 
-    Step lengths fall with the cosine, over whole budgets and over shorter ones. The exact routes cost 10 to 15 times as much a step, so they take 50.
+    Step lengths fall with the cosine, over whole budgets and over shorter ones. The exact routes
+    cost 4 to 15 times as much a step, so they take 50.
 
     Args:
         name: `"dense"`, `"dense-512"` (larger batches) or `"conv"`.
