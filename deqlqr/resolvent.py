@@ -113,6 +113,7 @@ class Resolvent:
         self._at_once = 0  # powers of L that should do for this right side
         self._course: list[Tensor] = []  # residual over the goal before each step, the largest
         self._after_two: Tensor | float = 1.0  # the same after two steps without pairs
+        self._bound = torch.empty(0)  # of ||(I - L)^-1||, at the last right side
         self._squarable = True  # normal equations would leave enough digits
         self._span_bound: Tensor | None = None  # of ||(I - L)^-1|| on the powers of this right side
 
@@ -189,9 +190,10 @@ class Resolvent:
             self._unhelpful = 0 if helped else self._unhelpful + 1
         else:
             self._alone = self._steps - spent
-            self._after_two = self._course[2] if len(self._course) > 2 else 1.0
+            if not self._at_once:
+                self._after_two = self._course[2] if len(self._course) > 2 else 1.0
             limit = _DIGITS / torch.finfo(right.dtype).eps ** 0.5
-            self._squarable = self._squarable and bool((self._inverse_norm(right) <= limit).all())
+            self._squarable = self._squarable and bool((self._bound <= limit).all())
         return found
 
     def _solve_once(self, right: Tensor, start: Tensor | None, tol: float) -> LinearSolution:
@@ -202,7 +204,7 @@ class Resolvent:
         true, rough = r, tol > torch.finfo(right.dtype).eps ** 0.5
         for _ in range(_REFINEMENTS):
             x, r = self._reduced(x, true, goal, spent)
-            bound = self._inverse_norm(right)
+            self._bound = bound = self._inverse_norm(right)
             trusted = self._proven and (rough or self._is_exact(bound, right, goal))
             if trusted:
                 true = r
