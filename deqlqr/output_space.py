@@ -45,6 +45,7 @@ Draw = Callable[[Tensor], Tensor]
 
 _ROUNDS = 3  # of refinement
 _ENOUGH = 100  # times the rounding unit: no refinement below
+_SMALL = 1e-3  # a cotangent that half precision may lose
 _LARGEST = 10  # times a sum: its terms, which bring that much of their error
 
 
@@ -145,8 +146,13 @@ class OutputSpace:
 
 
 def _rows(chunk: Chunk, C: Tensor, tol: float | None, dtype: torch.dtype) -> Rows:
-    """Return the rows of the columns of C, pulled as unit vectors: those of rare classes vanish."""
+    """Return the rows of the columns of C; small ones, of rare classes, are pulled as unit vectors.
+
+    Otherwise they would vanish in half precision, or in the squares of single precision.
+    """
     size = torch.linalg.vector_norm(C, dim=-2)
+    if (size >= _SMALL).all():
+        return Rows.of(chunk.at, C.unbind(-1), tol).to(dtype)
     size = torch.where(size > 0, size, 1.0)
     rows = Rows.of(chunk.at, (C / size[:, None]).unbind(-1), tol)
     return rows.to(dtype).scaled(size.to(dtype))
