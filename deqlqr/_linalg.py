@@ -114,3 +114,11 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether all entries of all tensors are finite; one look at the device for all."""
     found = [t.isfinite().all() for t in tensors]
     return not found or bool(torch.stack(found).all())
+
+
+def least_norm(like: Tensor) -> float:
+    """Return the size below which squares underflow: no right side counts as smaller.
+
+    The cotangent of a sample that is right already can be.
+    """
+    return torch.finfo(like.dtype).tiny ** 0.5

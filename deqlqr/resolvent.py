@@ -29,15 +29,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from deqlqr._linalg import LUFactor, full_precision, identity_like, lu_factor, norm
+from deqlqr._linalg import LUFactor, full_precision, identity_like, least_norm, lu_factor, norm
+from deqlqr.pairs import MOST_PAIRS, Pairs
+from deqlqr.powers import Powers
 from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failures
 
 Product = Callable[[Tensor], Tensor]
 
-_PAIRS = 60  # kept; then the oldest give way
 _HELP = 0.8  # of the steps of a solve without pairs: what one with pairs may need
 _TRIED = 2  # solves that need more, after which pairs are kept no longer, if states outnumber them
 _WORTH = 0.95  # pairs at hand stay if they lower a residual to this share
@@ -105,11 +105,11 @@ class Resolvent:
         self.products = 0
         self._proven = 0  # most pairs with which a residual formed anew was the recursion's
         self._factor: tuple[LUFactor, Tensor] | None = None  # of I - L, and ||(I - L)^-1||
-        self._pairs = _Pairs()
+        self._pairs = Pairs()
         self._steps = 0  # of (G1)
         self._alone = 0  # steps of the last solve that had no pairs to start from
         self._unhelpful = 0  # solves in a row that the pairs did not help
-        self._powers = _Powers()
+        self._powers = Powers()
         self._at_once = 0  # powers of L that should do for this right side
         self._course: list[Tensor] = []  # residual over the goal before each step, the largest
         self._after_two: Tensor | float = 1.0  # the same after two steps without pairs
@@ -174,10 +174,10 @@ class Resolvent:
 
     def _solve_krylov(self, right: Tensor, start: Tensor | None, tol: float) -> LinearSolution:
         """Solve from the pairs at hand, and from none if they lead nowhere: rounding wears them."""
-        large = right.shape[1] > _PAIRS
+        large = right.shape[1] > MOST_PAIRS
         if self._unhelpful == _TRIED and large:
             self._pairs.clear()
-        short = large and tol == self.tol and 1 < self._alone <= _Powers.most(right.dtype)
+        short = large and tol == self.tol and 1 < self._alone <= Powers.most(right.dtype)
         self._at_once = self._alone if short and self._squarable else 0
         self._span_bound, self._course = None, []
         worn, spent = self._pairs.count > 0, self._steps
@@ -200,7 +200,7 @@ class Resolvent:
         spent = self.products
         x = torch.zeros_like(right) if start is None else start.clone()
         r = right if start is None else right + self._times(x) - x
-        goal = tol * torch.linalg.vector_norm(right, dim=-1).clamp(min=_least(right))
+        goal = tol * torch.linalg.vector_norm(right, dim=-1).clamp(min=least_norm(right))
         true, rough = r, tol > torch.finfo(right.dtype).eps ** 0.5
         for _ in range(_REFINEMENTS):
             x, r = self._reduced(x, true, goal, spent)
@@ -218,14 +218,14 @@ class Resolvent:
             if len(right) > 1 and unseen.any() and self.products - spent < self.max_steps:
                 return self._solve_together(right, x, spent, tol)
             drift = torch.linalg.vector_norm(true - r, dim=-1)
-            if self._pairs.count < _PAIRS and (drift <= _DRIFT * goal).all():
+            if self._pairs.count < MOST_PAIRS and (drift <= _DRIFT * goal).all():
                 self._proven = max(self._proven, self._pairs.count)
         found = self._certified(
             right[:, None], x[:, None], true[:, None], bound[:, None], self.products - spent, tol
         )
         if found.converged.all():
             return found
-        further = self._further(true) / torch.linalg.vector_norm(x, dim=-1).clamp(min=_least(x))
+        further = self._further(true) / torch.linalg.vector_norm(x, dim=-1).clamp(min=least_norm(x))
         return replace(found, error=torch.where(found.converged, found.error, further))
 
     def _is_exact(self, bound: Tensor, right: Tensor, goal: Tensor) -> bool:
@@ -351,7 +351,7 @@ class Resolvent:
         tol: float,
     ) -> LinearSolution:
         size = lambda v: torch.linalg.vector_norm(v, dim=-1)
-        least, size_r = _least(x), size(r)
+        least, size_r = least_norm(x), size(r)
         residual = (size_r / size(rights).clamp(min=least)).amax(-1)
         error = (inverse_norm * size_r / size(x).clamp(min=least)).amax(-1)
         # Rounding alone leaves what it leaves, however small tol is.
@@ -362,139 +362,3 @@ class Resolvent:
         finite = residual.isfinite() & x.sum((1, 2)).isfinite()
         result = result.masked_fill(~finite, int(FixedPointResult.NON_FINITE))
         return LinearSolution(x, result, torch.full_like(result, products), residual, error)
-
-
-def _least(like: Tensor) -> float:
-    """Return the size below which squares underflow: no right side counts as smaller.
-
-    The cotangent of a sample that is right already can be.
-    """
-    return torch.finfo(like.dtype).tiny ** 0.5
-
-
-def _ridge(like: Tensor) -> float:
-    return 8 * torch.finfo(like.dtype).eps
-
-
-class _Pairs:
-    """The pairs (p, q) of (G1), q = p - L p orthonormal, in one block of memory each."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget them."""
-        self.count = 0
-        self._p = self._q = torch.empty(0)
-
-    @property
-    def p(self) -> Tensor:
-        """All p, `(batch, count, n)`."""
-        return self._p[:, : self.count]
-
-    @property
-    def q(self) -> Tensor:
-        """All q, `(batch, count, n)`."""
-        return self._q[:, : self.count]
-
-    def add(self, p: Tensor, q: Tensor) -> None:
-        """Take in a pair, each (batch, n)."""
-        if self.count == _PAIRS:
-            self._p, self._q = self._p.roll(-1, 1), self._q.roll(-1, 1)
-            self.count -= 1
-        elif self.count == 0 or self.count == self._p.shape[1]:
-            room = p.new_empty(len(p), min(_PAIRS, max(6, 2 * self.count)), p.shape[1])
-            wide_p, wide_q = room, torch.empty_like(room)
-            if self.count:
-                wide_p[:, : self.count], wide_q[:, : self.count] = self._p, self._q
-            self._p, self._q = wide_p, wide_q
-        self._p[:, self.count], self._q[:, self.count] = p, q
-        self.count += 1
-
-    def orthogonalise(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the pair with q made orthogonal to all q, ||q||, and what it was before."""
-        before = size = torch.linalg.vector_norm(q, dim=-1)
-        for _ in range(2 if self.count else 0):
-            # A row times a matrix: BLAS takes ten times as long over a matrix times a column.
-            share = torch.bmm(q[:, None], self.q.mT)
-            q = torch.baddbmm(q[:, None], share, self.q, alpha=-1)[:, 0]
-            p = torch.baddbmm(p[:, None], share, self.p, alpha=-1)[:, 0]
-            last, size = size, torch.linalg.vector_norm(q, dim=-1)
-            if (size > 0.5 * last).all():  # little was taken away, so little is left
-                break
-        return p, q, size, before
-
-    def reduce(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x moved in the span of the p so that its residual r is orthogonal to all q."""
-        share = torch.bmm(r[:, None], self.q.mT)
-        x = torch.baddbmm(x[:, None], share, self.p)[:, 0]
-        return x, torch.baddbmm(r[:, None], share, self.q, alpha=-1)[:, 0]
-
-
-class _Powers:
-    """The least residual in the span of r, L r, ... (G3), from one small system for each sample.
-
-    Attributes:
-        bound: Of ||(I - L)^-1|| on the first such span, and of what rounding in the last amounts
-            to; `None` before.
-    """
-
-    def __init__(self) -> None:
-        self.bound: Tensor | None = None
-        self._inverse_norm: Tensor | None = None
-        self._block = torch.empty(0)
-
-    @staticmethod
-    def most(dtype: torch.dtype) -> int:
-        """Return how many powers span their space well enough for normal equations."""
-        return 8 if dtype == torch.float64 else 4
-
-    def reduce(
-        self, x: Tensor, r: Tensor, count: int, product: Product, goal: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return x moved by r, L r, ... L^(count - 1) r so that its residual r is least."""
-        if self._block.shape != (count + 1, *r.shape):
-            self._block = r.new_empty(count + 1, *r.shape)
-        power = self._block[0].copy_(r)
-        for k in range(count):
-            power = product(power)
-            self._block[k + 1] = power
-        with full_precision(r):
-            return self._least(x, r, self._block.transpose(0, 1), goal)
-
-    def _least(self, x: Tensor, r: Tensor, P: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and r moved for the least r, from the powers P (batch, count + 1, n)."""
-        gram = P @ P.mT
-        QP = gram[:, :-1] - gram[:, 1:]  # q_k = p_k - p_(k + 1)
-        QQ = QP[..., :-1] - QP[..., 1:]
-        squares = QQ.diagonal(dim1=-2, dim2=-1)[..., None]
-        # A power that has vanished, or depends on others but for rounding, adds nothing.
-        scale = torch.where(squares > _least(r) ** 2, squares.rsqrt(), 0.0)
-        system = QQ * scale * scale.mT
-        system.diagonal(dim1=-2, dim2=-1).copy_(torch.full_like(squares[..., 0], 1 + _ridge(r)))
-        L, info = torch.linalg.cholesky_ex(system)
-        L = torch.where((info == 0)[:, None, None], L, float("inf"))  # moves nothing
-        found, share = torch.zeros_like(scale), QP[..., :1]
-        for again in (True, False):
-            step = scale * torch.cholesky_solve(scale * share, L)
-            step = step.nan_to_num(0.0, 0.0, 0.0)
-            found = found + step
-            difference = F.pad(step, (0, 0, 1, 0)) - F.pad(step, (0, 0, 0, 1))  # Q step = -P it
-            r = torch.baddbmm(r[:, None], difference.mT, P)[:, 0]
-            if not again or (torch.linalg.vector_norm(r, dim=-1) <= goal).all():
-                break
-            rest = torch.bmm(r[:, None], P.mT).mT  # squaring the condition in QQ has cost digits
-            share = rest[:, :-1] - rest[:, 1:]
-        if self._inverse_norm is None:
-            self._inverse_norm = self._bounded(gram, scale, L)
-        norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        terms = (found[..., 0].abs() * norms[:, :-1]).sum(-1) / norms[:, 0]
-        self.bound = torch.maximum(self._inverse_norm, terms.nan_to_num(1.0))
-        return torch.baddbmm(x[:, None], found.mT, P[:, :-1])[:, 0], r
-
-    @staticmethod
-    def _bounded(gram: Tensor, scale: Tensor, L: Tensor) -> Tensor:
-        """Return a bound of the norm of the p that belong to orthonormal q."""
-        half = torch.linalg.solve_triangular(L, scale * gram[:, :-1, :-1], upper=False)
-        inner = torch.linalg.solve_triangular(L, scale * half.mT, upper=False)
-        return inner.abs().sum(-1).amax(-1).clamp(min=1.0).sqrt().nan_to_num(1.0)

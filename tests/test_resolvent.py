@@ -13,7 +13,7 @@ from deqlqr import (
     Neumann,
     Resolvent,
 )
-from deqlqr import resolvent as resolvent_module
+from deqlqr.powers import Powers
 
 from .problems import randn, relative
 
@@ -101,9 +101,9 @@ def test_residuals_that_are_not_formed_anew_are_true_in_single_precision(rho, to
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.float64, 1e-8)])
 @pytest.mark.parametrize("size", [0.02, 0.05, 0.1])
 def test_short_solves_are_done_at_once(dtype, tol, size, monkeypatch):
-    n, used, reduce = 100, [], resolvent_module._Powers.reduce
+    n, used, reduce = 100, [], Powers.reduce
     noting = lambda *args: used.append(args[3]) or reduce(*args)
-    monkeypatch.setattr(resolvent_module._Powers, "reduce", noting)
+    monkeypatch.setattr(Powers, "reduce", noting)
     L = randn(6, n, n)
     L = size * L / torch.linalg.matrix_norm(L, 2)[:, None, None]
     L[1] = 0.0  # solved in no product, in one, and by a nilpotent map: powers vanish
@@ -128,7 +128,7 @@ def test_short_solves_are_done_at_once(dtype, tol, size, monkeypatch):
         assert relative(found.value.double(), exact(L, c.double())) < 3 * tol
         error = (found.value.double() - exact(L, c.double())).norm(dim=-1)
         assert (error <= 1.1 * (found.error + 0.1 * tol) * found.value.double().norm(dim=-1)).all()
-    at_once = counts[0] - 1 <= resolvent_module._Powers.most(dtype)
+    at_once = counts[0] - 1 <= Powers.most(dtype)
     assert len(used) == (5 if at_once else 0) and (at_once or size == 0.1)
     if at_once:  # the first had its residual formed anew
         assert counts[1:] == [counts[0] - 1] * 5 and resolvent._pairs.count == 0

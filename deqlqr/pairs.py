@@ -1,0 +1,61 @@
+"""The directions that solves by (G1) leave, p and q = p - L p, with the q orthonormal."""
+
+import torch
+from torch import Tensor
+
+MOST_PAIRS = 60  # kept; then the oldest give way
+
+
+class Pairs:
+    """The pairs (p, q) of (G1), q = p - L p orthonormal, in one block of memory each."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget them."""
+        self.count = 0
+        self._p = self._q = torch.empty(0)
+
+    @property
+    def p(self) -> Tensor:
+        """All p, `(batch, count, n)`."""
+        return self._p[:, : self.count]
+
+    @property
+    def q(self) -> Tensor:
+        """All q, `(batch, count, n)`."""
+        return self._q[:, : self.count]
+
+    def add(self, p: Tensor, q: Tensor) -> None:
+        """Take in a pair, each (batch, n)."""
+        if self.count == MOST_PAIRS:
+            self._p, self._q = self._p.roll(-1, 1), self._q.roll(-1, 1)
+            self.count -= 1
+        elif self.count == 0 or self.count == self._p.shape[1]:
+            room = p.new_empty(len(p), min(MOST_PAIRS, max(6, 2 * self.count)), p.shape[1])
+            wide_p, wide_q = room, torch.empty_like(room)
+            if self.count:
+                wide_p[:, : self.count], wide_q[:, : self.count] = self._p, self._q
+            self._p, self._q = wide_p, wide_q
+        self._p[:, self.count], self._q[:, self.count] = p, q
+        self.count += 1
+
+    def orthogonalise(self, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the pair with q made orthogonal to all q, ||q||, and what it was before."""
+        before = size = torch.linalg.vector_norm(q, dim=-1)
+        for _ in range(2 if self.count else 0):
+            # A row times a matrix: BLAS takes ten times as long over a matrix times a column.
+            share = torch.bmm(q[:, None], self.q.mT)
+            q = torch.baddbmm(q[:, None], share, self.q, alpha=-1)[:, 0]
+            p = torch.baddbmm(p[:, None], share, self.p, alpha=-1)[:, 0]
+            last, size = size, torch.linalg.vector_norm(q, dim=-1)
+            if (size > 0.5 * last).all():  # little was taken away, so little is left
+                break
+        return p, q, size, before
+
+    def reduce(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x moved in the span of the p so that its residual r is orthogonal to all q."""
+        share = torch.bmm(r[:, None], self.q.mT)
+        x = torch.baddbmm(x[:, None], share, self.p)[:, 0]
+        return x, torch.baddbmm(r[:, None], share, self.q, alpha=-1)[:, 0]
