@@ -47,7 +47,7 @@ def not_finite(x: Tensor) -> Tensor | None:
 def gram(W: Tensor) -> Tensor:
     """Return W W' for W (i, j): on the CPU little more than its lower half is computed."""
     n = len(W)
-    if W.is_cuda or n < _BLOCKS:
+    if W.device.type != "cpu" or n < _BLOCKS:
         return W @ W.mT
     found, ends = W.new_empty(n, n), [n * k // 4 for k in range(5)]
     for begin, end in pairwise(ends):

@@ -196,7 +196,7 @@ class Call:
         layer.report(found, "adjoint (D1) of the block")
         if lost is not None:
             return found.value.masked_fill(lost[:, None], float("nan")).to(dtype)
-        return found.value.clone() if dtype == found.value.dtype else found.value.to(dtype)
+        return found.value.to(dtype, copy=True)
 
     def _warmed(self, kind: str, like: Tensor, cold: Tensor | None) -> Any:
         kept = self.layer._warm.get((kind, self.key)) if self.layer.warm_start else None

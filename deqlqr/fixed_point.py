@@ -38,11 +38,11 @@ def make_solver(
     if not isinstance(solver, Solver):
         raise ValueError(f"solver must be a name or a Solver, got {type(solver).__name__}.")
     changes: dict[str, Any] = {}
-    if tol is not None and tol != solver.tol:
+    if tol is not None:
         changes["tol"] = tol
-    if max_steps is not None and max_steps != solver.max_steps:
+    if max_steps is not None:
         changes["max_steps"] = max_steps
-    return replace(solver, **changes) if changes else solver
+    return replace(solver, **changes)
 
 
 def fixed_point(

@@ -16,7 +16,7 @@ class Powers:
 
     Attributes:
         bound: Of ||(I - L)^-1|| on the first such span, and of what rounding in the last amounts
-            to; `None` before.
+            to; `None` before, and where a right side has not come to it.
     """
 
     def __init__(self) -> None:
@@ -51,9 +51,7 @@ class Powers:
         # A power that has vanished, or depends on others but for rounding, adds nothing.
         scale = torch.where(squares > least_norm(r) ** 2, squares.rsqrt(), 0.0)
         system = QQ * scale * scale.mT
-        system.diagonal(dim1=-2, dim2=-1).copy_(
-            torch.full_like(squares[..., 0], 1 + _RIDGE * torch.finfo(r.dtype).eps)
-        )
+        system.diagonal(dim1=-2, dim2=-1).fill_(1 + _RIDGE * torch.finfo(r.dtype).eps)
         L, info = torch.linalg.cholesky_ex(system)
         L = torch.where((info == 0)[:, None, None], L, float("inf"))  # moves nothing
         found, share = torch.zeros_like(scale), QP[..., :1]

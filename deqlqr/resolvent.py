@@ -25,13 +25,21 @@ space of (G3) Y. Saad, M. H. Schultz (1986), GMRES, SIAM J. Sci. Stat. Comput. 7
 doi:10.1137/0907058.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from deqlqr._linalg import LUFactor, full_precision, identity_like, least_norm, lu_factor, norm
+from deqlqr._linalg import (
+    LUFactor,
+    full_precision,
+    identity_like,
+    least_norm,
+    lu_factor,
+    norm,
+    not_finite,
+)
 from deqlqr.pairs import MOST_PAIRS, Pairs
 from deqlqr.powers import Powers
 from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failures
@@ -111,11 +119,8 @@ class Resolvent:
         self._unhelpful = 0  # solves in a row that the pairs did not help
         self._powers = Powers()
         self._at_once = 0  # powers of L that should do for this right side
-        self._course: list[Tensor] = []  # residual over the goal before each step, the largest
-        self._after_two: Tensor | float = 1.0  # the same after two steps without pairs
+        self._after_two: Tensor | float = 1.0  # the largest residual over the goal, of two steps
         self._bound = torch.empty(0)  # of ||(I - L)^-1||, at the last right side
-        self._squarable = True  # normal equations would leave enough digits
-        self._span_bound: Tensor | None = None  # of ||(I - L)^-1|| on the powers of this right side
 
     def solve(
         self, right: Tensor, start: Tensor | None = None, tol: float | None = None
@@ -141,17 +146,7 @@ class Resolvent:
                 self._solve_krylov(rights[:, k], None if starts is None else starts[:, k], tol)
                 for k in range(rights.shape[1])
             ]
-            found = (
-                parts[0]
-                if len(parts) == 1
-                else LinearSolution(
-                    torch.cat([p.value for p in parts], 1),
-                    torch.stack([p.result for p in parts]).amax(0),
-                    torch.stack([p.evaluations for p in parts]).sum(0),
-                    torch.stack([p.residual for p in parts]).amax(0),
-                    torch.stack([p.error for p in parts]).amax(0),
-                )
-            )
+            found = parts[0] if len(parts) == 1 else _side_by_side(parts)
         return found if several else replace(found, value=found.value[:, 0])
 
     def _times(self, x: Tensor) -> Tensor:
@@ -178,8 +173,10 @@ class Resolvent:
         if self._unhelpful == _TRIED and large:
             self._pairs.clear()
         short = large and tol == self.tol and 1 < self._alone <= Powers.most(right.dtype)
-        self._at_once = self._alone if short and self._squarable else 0
-        self._span_bound, self._course = None, []
+        # Normal equations must leave enough digits.
+        limit = _DIGITS / torch.finfo(right.dtype).eps ** 0.5
+        self._at_once = self._alone if short and (self._bound <= limit).all() else 0
+        self._powers.bound = None
         worn, spent = self._pairs.count > 0, self._steps
         found = self._solve_once(right, start, tol)
         if worn and not found.converged.all():
@@ -190,10 +187,6 @@ class Resolvent:
             self._unhelpful = 0 if helped else self._unhelpful + 1
         else:
             self._alone = self._steps - spent
-            if not self._at_once:
-                self._after_two = self._course[2] if len(self._course) > 2 else 1.0
-            limit = _DIGITS / torch.finfo(right.dtype).eps ** 0.5
-            self._squarable = self._squarable and bool((self._bound <= limit).all())
         return found
 
     def _solve_once(self, right: Tensor, start: Tensor | None, tol: float) -> LinearSolution:
@@ -250,34 +243,34 @@ class Resolvent:
                 self._pairs.clear()
             else:
                 x, r = x_next, r_next
-        if self._at_once:
+        fresh = not self._pairs.count and not self._at_once
+        if self._at_once and self.products - spent + self._at_once <= self.max_steps:
             x, r = self._shortly(x, r, goal)
-        moved = True
+        moved, taken = True, 0
         while moved and self.products - spent < self.max_steps:
             left = torch.linalg.vector_norm(r, dim=-1) / goal
             running = left > 1
+            if fresh and taken == 2:
+                self._after_two = left.amax().clamp(min=1.0)
             if not running.any():
                 break
-            self._course.append(left.amax())
             x, r, moved = self._enlarge(x, r, running)
+            taken += 1
         return x, r
 
     def _shortly(self, x: Tensor, r: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """Lower the residual at once (G3), unless the pairs at hand spare products."""
-        count = self._at_once
+        count, running = self._at_once, torch.linalg.vector_norm(r, dim=-1) > goal
+        if not running.any():
+            return x, r
         if self._pairs.count:
-            running = torch.linalg.vector_norm(r, dim=-1) > goal
-            if not running.any():
-                return x, r
             x, r, _ = self._enlarge(x, r, running)
             if (torch.linalg.vector_norm(r, dim=-1) / goal).amax() <= self._after_two:
                 return x, r  # one step from the pairs leaves no more than two from nothing
             self._pairs.clear()
             count -= 1
         self._steps += count
-        x, r = self._powers.reduce(x, r, count, self._times, goal)
-        self._span_bound = self._powers.bound
-        return x, r
+        return self._powers.reduce(x, r, count, self._times, goal)
 
     def _enlarge(self, x: Tensor, r: Tensor, running: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Take one step of (G1) in the samples `running`."""
@@ -320,7 +313,8 @@ class Resolvent:
 
     def _inverse_norm(self, right: Tensor) -> Tensor:
         """Return a bound of ||(I - L)^-1|| on the span of the q, which the p span as its image."""
-        least = torch.ones_like(right[:, 0]) if self._span_bound is None else self._span_bound
+        of_powers = self._powers.bound
+        least = torch.ones_like(right[:, 0]) if of_powers is None else of_powers
         if not self._pairs.count:
             return least
         P = self._pairs.p
@@ -359,6 +353,19 @@ class Resolvent:
         result = torch.where(
             residual <= reach, int(FixedPointResult.CONVERGED), int(FixedPointResult.MAX_STEPS)
         )
-        finite = residual.isfinite() & x.sum((1, 2)).isfinite()
-        result = result.masked_fill(~finite, int(FixedPointResult.NON_FINITE))
+        result = result.masked_fill(~residual.isfinite(), int(FixedPointResult.NON_FINITE))
+        lost = not_finite(x.flatten(1))
+        if lost is not None:
+            result = result.masked_fill(lost, int(FixedPointResult.NON_FINITE))
         return LinearSolution(x, result, torch.full_like(result, products), residual, error)
+
+
+def _side_by_side(parts: Sequence[LinearSolution]) -> LinearSolution:
+    """Return the solution of all right sides from those of each, `(batch, 1, n)`."""
+    return LinearSolution(
+        torch.cat([p.value for p in parts], 1),
+        torch.stack([p.result for p in parts]).amax(0),
+        torch.stack([p.evaluations for p in parts]).sum(0),
+        torch.stack([p.residual for p in parts]).amax(0),
+        torch.stack([p.error for p in parts]).amax(0),
+    )

@@ -181,7 +181,7 @@ class Solver(Options):
         memory = self.start(z)
         for step in range(1, self.max_steps + 1):
             fz_raw = run.f(run.z)
-            fz = fz_raw if fz_raw.dtype == z.dtype else fz_raw.to(z.dtype)
+            fz = fz_raw.to(z.dtype)
             growth, kept = run.judge(step, fz_raw, fz, memory)
             if kept is not None:
                 memory.pick(kept)
@@ -376,16 +376,15 @@ class _Run:
         better = done | (size < self.best)
         if self.frozen is not None:  # those rows are where they were best
             better, done = better | self.frozen, done > self.frozen
-        if better.all():
+        improved = bool(better.all())
+        if improved:
             self.best_z, self.best_fz, self.best = self.z, fz, size
-            lost = False
         else:
             self.best_z = torch.where(better[:, None], self.z, self.best_z)
             self.best_fz = torch.where(better[:, None], fz, self.best_fz)
             self.best = torch.where(better, size, self.best)
-            lost = True
         leaving, result = done, None
-        if lost or step == self.solver.max_steps or step % self.solver.patience == 0:
+        if not improved or step == self.solver.max_steps or step % self.solver.patience == 0:
             result = self._verdict(step, size, done)
             leaving = result >= 0 if self.frozen is None else (result >= 0) > self.frozen
         gone = leaving.nonzero()[:, 0]

@@ -156,7 +156,8 @@ class _Anderson(Memory):
             r = r.to(self.dF.dtype)
         self.fz, self.r, self.step = at.fz, r, self.step + 1
         z, new = at.fz, self.step - 1 - self.turn
-        worse = None if at.growth is None else _any(at.growth, self.least_growth)
+        risen = at.growth is not None and (at.growth > self.least_growth).any()
+        worse = at.growth if risen else None
         restart = None if worse is None else self._restart(worse)
         if new == self.solver.period or (self.turn == 0 and new == _FIRST):
             self.turn, z = self.step - 1, self._in_turn(at)
@@ -207,11 +208,6 @@ class _Anderson(Memory):
         self.dF[:, restart], self.dR[:, restart] = 0.0, 0.0
         self.gram[restart] = identity_like(self.gram)
         return restart
-
-
-def _any(growth: Tensor, least: float) -> Tensor | None:
-    """Return the growth of the rows if that of any is above the least that matters."""
-    return growth if (growth > least).any() else None
 
 
 def _slices(begin: int, end: int, size: int) -> list[slice]:

@@ -175,6 +175,19 @@ def test_a_slow_mode_is_not_left_to_normal_equations(dtype, tol):
     assert max(counts[1:]) <= 2 < counts[0]  # the pairs are kept
 
 
+def test_what_is_solved_already_takes_no_products():
+    L, calls = contraction(n=100, rho=0.02), []
+    resolvent = Resolvent(product_with(L, calls), tol=1e-6, max_steps=9, dense=False)
+    for k in range(3):  # the third is done at once
+        resolvent.solve(randn(5, 100, seed=k))
+    before = len(calls)
+    assert resolvent.solve(torch.zeros(5, 100).double()).converged.all()
+    assert len(calls) == before
+    c = randn(5, 100, seed=4)
+    assert resolvent.solve(c, start=exact(L, c)).converged.all()
+    assert len(calls) == before + 1  # of the start's residual
+
+
 def test_products_are_formed_in_the_callers_precision():
     W = 0.05 * torch.linalg.qr(randn(100, 100))[0].bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
