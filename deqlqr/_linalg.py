@@ -37,7 +37,7 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
 
 
 def not_finite(x: Tensor) -> Tensor | None:
-    """Return which rows of x (batch, n) have an entry that is not finite, or `None` if none has."""
+    """Return which rows of x (*batch, n) have an entry that is not finite, `None` if none has."""
     if x.sum(-1).isfinite().all():  # a tenth of the time of a look at every entry
         return None
     bad = ~x.isfinite().all(-1)
@@ -49,7 +49,7 @@ def gram(W: Tensor) -> Tensor:
     n = len(W)
     if W.device.type != "cpu" or n < _BLOCKS:
         return W @ W.mT
-    found, ends = W.new_empty(n, n), [n * k // 4 for k in range(5)]
+    found, ends = W.new_empty(n, n), [n * k // 8 for k in range(9)]
     for begin, end in pairwise(ends):
         torch.mm(W[begin:end], W[:end].mT, out=found[begin:end, :end])
         found[:begin, begin:end] = found[begin:end, :begin].mT

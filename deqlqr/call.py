@@ -166,7 +166,7 @@ class Call:
 
         Args:
             product: x -> L x.
-            right: `(batch, n)`.
+            right: `(batch, n)`, or `(batch, k, n)` for k right sides, where a resolvent is given.
             resolvent: (I - L)^-1, where one is at hand.
             rough: A tolerance in place of the layer's; `backward_solution` stays as it is.
         """
@@ -175,7 +175,7 @@ class Call:
         # What is not finite (an overflow that a gradient scaler looks for) is passed on as it is.
         lost = not_finite(work)
         if lost is not None:
-            work = work.masked_fill(lost[:, None], 0.0)
+            work = work.masked_fill(lost[..., None], 0.0)
         start = self._warmed("lam", work, None)
         tol = self._tolerance(dtype) or layer.solver.tolerance(dtype)
         with torch.no_grad():
@@ -187,15 +187,16 @@ class Call:
         idle = not_finite(found.value)
         if idle is not None:
             # Nobody asks about a sample whose A is not finite: its part is nothing.
-            idle = idle & (work == 0).all(-1)
+            idle = idle.view(len(work), -1).any(-1) & (work == 0).flatten(1).all(-1)
             codes = found.result.masked_fill(idle, int(FixedPointResult.CONVERGED))
-            found = replace(found, value=found.value.masked_fill(idle[:, None], 0.0), result=codes)
+            value = found.value.masked_fill(idle.view(-1, *[1] * (right.dim() - 1)), 0.0)
+            found = replace(found, value=value, result=codes)
         if rough is None:
             layer.backward_solution = found
             self._keep("lam", found.value)
         layer.report(found, "adjoint (D1) of the block")
         if lost is not None:
-            return found.value.masked_fill(lost[:, None], float("nan")).to(dtype)
+            return found.value.masked_fill(lost[..., None], float("nan")).to(dtype)
         return found.value.to(dtype, copy=True)
 
     def _warmed(self, kind: str, like: Tensor, cold: Tensor | None) -> Any:

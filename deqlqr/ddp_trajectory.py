@@ -56,12 +56,14 @@ class Trajectory(Sensitivity):
         self._columns: list[Tensor] = []
         self.states = [state.detach() for state in walker.states]
 
-    def cotangents(self, c: Tensor, tol: float | None = None) -> list[Tensor | None]:
-        """Return g of every use."""
-        for j, known in enumerate(self._columns):
-            if known is c:  # one of those of `factors`
-                return [None if g is None else g[:, j] for g in self._g]
-        return super().cotangents(c, tol)
+    def cotangents_of_each(
+        self, cs: Sequence[Tensor], tol: float | None = None
+    ) -> list[list[Tensor | None]]:
+        """Return g of every use for each c."""
+        known = {id(c): j for j, c in enumerate(self._columns)}  # those of `factors`
+        if not all(id(c) in known for c in cs):
+            return super().cotangents_of_each(cs, tol)
+        return [[None if g is None else g[:, known[id(c)]] for g in self._g] for c in cs]
 
     def factors(
         self, cotangents: Sequence[Tensor], V_X: Tensor

@@ -54,8 +54,19 @@ class Pairs:
                 break
         return p, q, size, before
 
-    def reduce(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x moved in the span of the p so that its residual r is orthogonal to all q."""
-        share = torch.bmm(r[:, None], self.q.mT)
-        x = torch.baddbmm(x[:, None], share, self.p)[:, 0]
-        return x, torch.baddbmm(r[:, None], share, self.q, alpha=-1)[:, 0]
+    def reduce(self, x: Tensor, r: Tensor, last: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return x moved in the span of the p so that its residual r is orthogonal to all q.
+
+        Args:
+            x: `(batch, k, n)`.
+            r: Its residual.
+            last: Take no more than the last so many pairs; r is orthogonal to the others' q.
+        """
+        p, q = (self.p, self.q) if last is None else (self.p[:, -last:], self.q[:, -last:])
+        share = torch.bmm(r, q.mT)
+        return torch.baddbmm(x, share, p), torch.baddbmm(r, share, q, alpha=-1)
+
+    def left(self, r: Tensor) -> Tensor:
+        """Return the norms (batch, k) of what `reduce` would leave of r (batch, k, n)."""
+        share = torch.bmm(r, self.q.mT)
+        return (r.square().sum(-1) - share.square().sum(-1)).clamp(min=0.0).sqrt()

@@ -2,21 +2,23 @@
 
     z = z*, with the derivative of  (I - A)^-1 f(z*, ., .)   in everything but z
 
-First derivatives are exact, to any number of cotangents: (D1) is solved anew for each, from the
-directions that earlier ones have left. Differentiated once more with respect to the cotangent, the
-pinned layer gives Jacobian-vector products, by (D4).
+First derivatives are exact, to any number of cotangents: (D1) is solved for each, from the
+directions that earlier ones have left, or for several together. Differentiated once more with
+respect to the cotangent, the pinned layer gives Jacobian-vector products, by (D4).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from deqlqr.adjoint import Implicit, make_adjoint
 from deqlqr.call import Call
 from deqlqr.resolvent import Product, Resolvent
-from deqlqr.uses import Precision, Uses
+from deqlqr.uses import Cut, Uses
 
 
 def pinned(call: Call, uses: Uses) -> Any:
@@ -33,20 +35,33 @@ def pinned(call: Call, uses: Uses) -> Any:
         z = call.solve().detach().requires_grad_()
     uses.mark(z)
     fz = call.direct(z)
-    return call.shape.unflatten(_AtFixedPoint.apply(fz, _Pin(call, z, fz, uses.precision)))
+    pin = _Pin(call, z, fz, uses.cut)
+    fixed = _AtFixedPoint.apply(fz, pin)
+    uses.pins.append((get_gradient_edge(fixed), pin))
+    return call.shape.unflatten(fixed)
 
 
 class _Pin:
     """(I - A')^-1 and (I - A)^-1 of one forward pass."""
 
-    def __init__(self, call: Call, z: Tensor, fz: Tensor, precision: Precision) -> None:
-        self.call, self.z, self.fz, self.precision = call, z, fz, precision
+    def __init__(self, call: Call, z: Tensor, fz: Tensor, cut: Cut) -> None:
+        self.call, self.z, self.fz, self.cut = call, z, fz, cut
         self._solvers: dict[str, Resolvent] = {}
         self._pulled: tuple[Tensor, Tensor] | None = None
 
     def adjoint(self, g: Tensor) -> Tensor:
         """Return lam of (D1)."""
         return self._solve("adjoint", self._pull, g)
+
+    def costates(self, cotangents: Sequence[Tensor], tol: float | None) -> Sequence[Tensor]:
+        """Return lam of (D1) for several cotangents, for a tolerance in place of the layer's."""
+        several = len(cotangents) > 1
+        if not several or not isinstance(make_adjoint(self.call.layer.backward), Implicit):
+            found = [self._solve("adjoint", self._pull, g, tol) for g in cotangents]
+        else:
+            right = torch.stack(list(cotangents)).transpose(0, 1)
+            found = list(self._solve("adjoint", self._pull, right, tol).unbind(1))
+        return [lam.to(self.fz.dtype) for lam in found]
 
     def tangent(self, right: Tensor) -> Tensor:
         """Return dz of (D4) for f_t dt = `right`."""
@@ -74,7 +89,9 @@ class _Pin:
         (pushed,) = torch.autograd.grad(pulled, w, dz.to(pulled.dtype), retain_graph=True)
         return pushed.to(dz.dtype)
 
-    def _solve(self, kind: str, product: Product, right: Tensor) -> Tensor:
+    def _solve(
+        self, kind: str, product: Product, right: Tensor, rough: float | None = None
+    ) -> Tensor:
         layer = self.call.layer
         adjoint = make_adjoint(layer.backward)
         if not isinstance(adjoint, Implicit):
@@ -82,7 +99,6 @@ class _Pin:
         if kind not in self._solvers:
             tol = layer.solver.tolerance(right.dtype)
             self._solvers[kind] = adjoint.resolvent(product, self.z.shape[1], tol)
-        rough = self.precision.tol if kind == "adjoint" else None
         return self.call.solve_linear(product, right, self._solvers[kind], rough)
 
 
@@ -96,6 +112,8 @@ class _AtFixedPoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
+        if ctx.pin.cut.on:
+            return None, None
         return _Costate.apply(cotangents[0], ctx.pin).to(ctx.dtype), None
 
 

@@ -16,7 +16,7 @@ class Powers:
 
     Attributes:
         bound: Of ||(I - L)^-1|| on the first such span, and of what rounding in the last amounts
-            to; `None` before, and where a right side has not come to it.
+            to, `(k, batch)`; `None` before, and where a right side has not come to it.
     """
 
     def __init__(self) -> None:
@@ -30,20 +30,43 @@ class Powers:
         return 8 if dtype == torch.float64 else 4
 
     def reduce(
-        self, x: Tensor, r: Tensor, count: int, product: Callable[[Tensor], Tensor], goal: Tensor
+        self,
+        x: Tensor | None,
+        r: Tensor,
+        count: int,
+        product: Callable[[Tensor], Tensor],
+        goal: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return x moved by r, L r, ... L^(count - 1) r so that its residual r is least."""
-        if self._block.shape != (count + 1, *r.shape):
-            self._block = r.new_empty(count + 1, *r.shape)
-        power = self._block[0].copy_(r)
-        for k in range(count):
-            power = product(power)
-            self._block[k + 1] = power
-        with full_precision(r):
-            return self._lowered(x, r, self._block.transpose(0, 1), goal)
+        """Return x moved by r, L r, ... L^(count - 1) r so that its residual r is least.
 
-    def _lowered(self, x: Tensor, r: Tensor, P: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and r moved for the least r, from the powers P (batch, count + 1, n)."""
+        Args:
+            x: `(k, batch, n)`, for k right sides; `None` for zero.
+            r: Its residual.
+            count: How many powers.
+            product: v (batch, n) -> L v.
+            goal: Norm of r that is enough, `(k, batch)`.
+        """
+        sides, shape = len(r), r.shape
+        if self._block.shape != (count + 1, *shape):
+            self._block = r.new_empty(count + 1, *shape)
+        P = self._block
+        P[0] = r
+        for j in range(count):
+            for i in range(sides):
+                P[j + 1, i] = product(P[j, i])
+        with full_precision(r):
+            move, r = self._lowered(
+                r.flatten(0, 1), P.flatten(1, 2).transpose(0, 1), goal.flatten(), sides
+            )
+        move = move.view(shape)
+        return move if x is None else x + move, r.view(shape)
+
+    def clear(self) -> None:
+        """Give back the memory of the powers."""
+        self._block = self._block.new_empty(0)
+
+    def _lowered(self, r: Tensor, P: Tensor, goal: Tensor, sides: int) -> tuple[Tensor, Tensor]:
+        """Return how x moves for the least r, and r, by powers P (sides batch, count + 1, n)."""
         gram = P @ P.mT
         QP = gram[:, :-1] - gram[:, 1:]  # q_k = p_k - p_(k + 1)
         QQ = QP[..., :-1] - QP[..., 1:]
@@ -66,11 +89,11 @@ class Powers:
             rest = torch.bmm(r[:, None], P.mT).mT  # squaring the condition in QQ has cost digits
             share = rest[:, :-1] - rest[:, 1:]
         if self._inverse_norm is None:
-            self._inverse_norm = self._bounded(gram, scale, L)
+            self._inverse_norm = self._bounded(gram, scale, L).view(sides, -1).amax(0)
         norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
         terms = (found[..., 0].abs() * norms[:, :-1]).sum(-1) / norms[:, 0]
-        self.bound = torch.maximum(self._inverse_norm, terms.nan_to_num(1.0))
-        return torch.baddbmm(x[:, None], found.mT, P[:, :-1])[:, 0], r
+        self.bound = torch.maximum(self._inverse_norm, terms.nan_to_num(1.0).view(sides, -1))
+        return torch.bmm(found.mT, P[:, :-1])[:, 0], r
 
     @staticmethod
     def _bounded(gram: Tensor, scale: Tensor, L: Tensor) -> Tensor:

@@ -15,6 +15,12 @@ at once, without a look at its residual in between:
 
     (G3)  p_k = L^k c,   q_k = p_k - p_(k+1),   x = sum gamma_k p_k,   ||c - sum gamma_k q_k|| least
 
+Several right sides c_i that are there together get one power less each, if that comes near enough,
+and then steps of (G1) in common, each along the combination of all residuals in which most of them
+lies, measured by what is allowed:
+
+    (G4)  p = sum_i w_i r_i / (tol ||c_i||),   w the leading left singular vector of these r_i
+
 The norm in (G2) is exact where I - L is factorised, and (G2) then a bound. Where it is not, it is
 estimated: by the pairs (p, q) if the solve converged, and by iterating r a little further if it did
 not. A slow mode that is all but absent from the right side escapes that estimate.
@@ -49,6 +55,9 @@ Product = Callable[[Tensor], Tensor]
 _HELP = 0.8  # of the steps of a solve without pairs: what one with pairs may need
 _TRIED = 2  # solves that need more, after which pairs are kept no longer, if states outnumber them
 _WORTH = 0.95  # pairs at hand stay if they lower a residual to this share
+_OWN = 0.5  # of a direction that no sample asked for: what earlier pairs must leave of it
+_NEAR = 4.0  # times the goal: residuals that some common steps bring there
+_SQUARINGS = 5  # of a Gram matrix, for its leading vector
 _DIGITS = 1e-2  # what normal equations may leave of the digits
 _DRIFT = 0.1  # of the tolerance: how far the recursion's residual may be from the true one
 _REFINEMENTS = 3  # times the residual is formed anew
@@ -119,7 +128,7 @@ class Resolvent:
         self._unhelpful = 0  # solves in a row that the pairs did not help
         self._powers = Powers()
         self._at_once = 0  # powers of L that should do for this right side
-        self._after_two: Tensor | float = 1.0  # the largest residual over the goal, of two steps
+        self._course: list[Tensor] = []  # of that solve: the largest residuals over the goal
         self._bound = torch.empty(0)  # of ||(I - L)^-1||, at the last right side
 
     def solve(
@@ -142,11 +151,7 @@ class Resolvent:
         if self.dense:
             found = self._solve_dense(rights, tol)
         else:
-            parts = [
-                self._solve_krylov(rights[:, k], None if starts is None else starts[:, k], tol)
-                for k in range(rights.shape[1])
-            ]
-            found = parts[0] if len(parts) == 1 else _side_by_side(parts)
+            found = self._solve_each(rights, starts, tol)
         return found if several else replace(found, value=found.value[:, 0])
 
     def _times(self, x: Tensor) -> Tensor:
@@ -154,7 +159,7 @@ class Resolvent:
         return self.product(x)
 
     def _solve_dense(self, rights: Tensor, tol: float) -> LinearSolution:
-        batch, k, n = rights.shape
+        batch, _, n = rights.shape
         spent = self.products
         if self._factor is None:
             L = matrix_of(self._times, rights[:, 0])
@@ -164,24 +169,127 @@ class Resolvent:
         lu, size = self._factor
         x = lu.solve(rights.mT).mT
         # By a product, not by L: it shows a map that mixes the samples of the batch.
-        r = torch.stack([rights[:, i] + self._times(x[:, i]) - x[:, i] for i in range(k)], 1)
+        r = self._residuals(rights, x)
         return self._certified(rights, x, r, size[:, None], self.products - spent, tol)
 
-    def _solve_krylov(self, right: Tensor, start: Tensor | None, tol: float) -> LinearSolution:
+    def _residuals(self, rights: Tensor, x: Tensor) -> Tensor:
+        sides = range(rights.shape[1])
+        return torch.stack([rights[:, i] + self._times(x[:, i]) - x[:, i] for i in sides], 1)
+
+    def _solve_each(self, rights: Tensor, starts: Tensor | None, tol: float) -> LinearSolution:
+        """Solve right sides (batch, k, n), together (G4) if that will do."""
+        count, spent = rights.shape[1], self.products
+        found = self._solve_jointly(rights, starts, tol) if count > 1 else None
+        if found is None or not found.converged.all():
+            start = lambda i: None if starts is None else starts[:, i]
+            parts = [self._solve_krylov(rights[:, i], start(i), tol) for i in range(count)]
+            found = parts[0] if count == 1 else _side_by_side(parts)
+        return replace(found, evaluations=torch.full_like(found.result, self.products - spent))
+
+    def _solve_jointly(
+        self, rights: Tensor, starts: Tensor | None, tol: float
+    ) -> LinearSolution | None:
+        """Solve by (G4) where solves are short, which the first right side shows; else `None`."""
+        if tol != self.tol or rights.shape[-1] <= MOST_PAIRS:
+            return None
+        parts: list[LinearSolution] = []
+        if not self._alone:
+            start = None if starts is None else starts[:, 0]
+            parts.append(self._solve_krylov(rights[:, 0], start, tol, checked=False))
+        if not self._is_short(rights[:, 0], tol):
+            return None
+        spent, done = self.products, len(parts)
+        c, x = rights[:, done:], None if starts is None else starts[:, done:]
+        r = c if x is None else self._residuals(c, x)
+        weights = 1 / (tol * torch.linalg.vector_norm(c, dim=-1).clamp(min=least_norm(c)))
+        x, r = self._lowered_together(x, r, weights)
+        bound = self._inverse_norm(c)
+        self._bound = bound.amax(-1)
+        # What is true of these is true of the first: its pairs are in them.
+        if not self._is_true(c, x, r, weights, bound):
+            return None
+        parts.append(self._certified(c, x, r, bound, self.products - spent, tol))
+        return _side_by_side(parts)
+
+    def _lowered_together(
+        self, x: Tensor | None, r: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Lower residuals (batch, k, n) by powers of their own and by common pairs."""
+        self._powers.bound = None
+        turn = lambda v: v.transpose(0, 1)
+        count = self._powers_for(r, weights)
+        if count:
+            start, goal = None if x is None else turn(x), turn(_NEAR / weights)
+            y, r = self._powers.reduce(start, turn(r), count, self._times, goal)
+            x, r = turn(y), turn(r)
+            self._powers.clear()
+        elif x is None:
+            x = torch.zeros_like(r)
+        if self._pairs.count:
+            with full_precision(r):
+                x, r = self._pairs.reduce(x, r)
+        for _ in range(min(r.shape[1], self.max_steps - count)):
+            running = (torch.linalg.vector_norm(r, dim=-1) * weights > 1).any(-1)
+            if not running.any():
+                break
+            with full_precision(r):
+                p = _leading(r, weights)
+            self._next_pair(p, running)
+            with full_precision(r):
+                x, r = self._pairs.reduce(x, r, last=1)
+        return x, r
+
+    def _is_short(self, right: Tensor, tol: float) -> bool:
+        """Return whether solves of right sides (batch, n) are known to take few products."""
+        if right.shape[1] <= MOST_PAIRS or tol != self.tol:
+            return False
+        if not 1 < self._alone <= min(Powers.most(right.dtype), self.max_steps):
+            return False
+        # Normal equations must leave enough digits.
+        limit = _DIGITS / torch.finfo(right.dtype).eps ** 0.5
+        return bool((self._bound <= limit).all())
+
+    def _powers_for(self, r: Tensor, weights: Tensor) -> int:
+        """Return how many powers bring residuals near the goal, by the course of a solve alone."""
+        size = self._pairs.left(r) if self._pairs.count else torch.linalg.vector_norm(r, dim=-1)
+        course, left = torch.stack(self._course), (size * weights).amax()
+        done = ((course >= left).sum() - 1).clamp(min=0)
+        return max(0, int(torch.where(left > _NEAR, (course > _NEAR).sum() - done, 0)))
+
+    def _is_true(
+        self, rights: Tensor, x: Tensor, r: Tensor, weights: Tensor, bound: Tensor
+    ) -> bool:
+        """Return whether the recursions' r are the residuals of x, by one product at most."""
+        goal = 1 / weights
+        if self._is_exact(bound, rights, goal):
+            return True
+        total = lambda v: torch.bmm(weights[:, None], v)[:, 0]
+        with full_precision(r):
+            c, y, least = total(rights), total(x), total(r)
+        drift = torch.linalg.vector_norm(c + self._times(y) - y - least, dim=-1)
+        if not (drift <= _DRIFT * rights.shape[1] ** 0.5).all():
+            return False
+        self._trust()
+        return True
+
+    def _trust(self) -> None:
+        if self._pairs.count < MOST_PAIRS:
+            self._proven = max(self._proven, self._pairs.count)
+
+    def _solve_krylov(
+        self, right: Tensor, start: Tensor | None, tol: float, *, checked: bool = True
+    ) -> LinearSolution:
         """Solve from the pairs at hand, and from none if they lead nowhere: rounding wears them."""
         large = right.shape[1] > MOST_PAIRS
         if self._unhelpful == _TRIED and large:
             self._pairs.clear()
-        short = large and tol == self.tol and 1 < self._alone <= Powers.most(right.dtype)
-        # Normal equations must leave enough digits.
-        limit = _DIGITS / torch.finfo(right.dtype).eps ** 0.5
-        self._at_once = self._alone if short and (self._bound <= limit).all() else 0
+        self._at_once = self._alone if self._is_short(right, tol) else 0
         self._powers.bound = None
         worn, spent = self._pairs.count > 0, self._steps
-        found = self._solve_once(right, start, tol)
+        found = self._solve_once(right, start, tol, checked)
         if worn and not found.converged.all():
             self._pairs.clear()
-            found = self._solve_once(right, start, tol)
+            found = self._solve_once(right, start, tol, checked)
         elif worn:
             helped = self._steps - spent <= _HELP * self._alone
             self._unhelpful = 0 if helped else self._unhelpful + 1
@@ -189,20 +297,27 @@ class Resolvent:
             self._alone = self._steps - spent
         return found
 
-    def _solve_once(self, right: Tensor, start: Tensor | None, tol: float) -> LinearSolution:
+    def _solve_once(
+        self, right: Tensor, start: Tensor | None, tol: float, checked: bool
+    ) -> LinearSolution:
         spent = self.products
         x = torch.zeros_like(right) if start is None else start.clone()
         r = right if start is None else right + self._times(x) - x
         goal = tol * torch.linalg.vector_norm(right, dim=-1).clamp(min=least_norm(right))
         true, rough = r, tol > torch.finfo(right.dtype).eps ** 0.5
-        for _ in range(_REFINEMENTS):
+        for again in range(_REFINEMENTS):
             x, r = self._reduced(x, true, goal, spent)
             self._bound = bound = self._inverse_norm(right)
-            trusted = self._proven and (rough or self._is_exact(bound, right, goal))
+            trusted = not checked or (
+                self._proven and (rough or self._is_exact(bound, right, goal))
+            )
             if trusted:
                 true = r
                 break
             true = right + self._times(x) - x
+            drift = torch.linalg.vector_norm(true - r, dim=-1)
+            if not again and (drift <= _DRIFT * goal).all():
+                self._trust()
             size = torch.linalg.vector_norm(true, dim=-1)
             if (size <= 2 * goal).all() or self.products - spent >= self.max_steps:
                 break
@@ -210,9 +325,6 @@ class Resolvent:
             unseen = size > 2 * torch.linalg.vector_norm(r, dim=-1) + 2 * goal
             if len(right) > 1 and unseen.any() and self.products - spent < self.max_steps:
                 return self._solve_together(right, x, spent, tol)
-            drift = torch.linalg.vector_norm(true - r, dim=-1)
-            if self._pairs.count < MOST_PAIRS and (drift <= _DRIFT * goal).all():
-                self._proven = max(self._proven, self._pairs.count)
         found = self._certified(
             right[:, None], x[:, None], true[:, None], bound[:, None], self.products - spent, tol
         )
@@ -236,7 +348,7 @@ class Resolvent:
         """Lower the residual r of x: first by the pairs at hand, then by new ones."""
         if self._pairs.count:
             with full_precision(r):
-                x_next, r_next = self._pairs.reduce(x, r)
+                x_next, r_next = (v[:, 0] for v in self._pairs.reduce(x[:, None], r[:, None]))
             size, before = (torch.linalg.vector_norm(v, dim=-1) for v in (r_next, r))
             # Pairs that do not help cost more than they save, now and later.
             if (size > _WORTH * before).all():
@@ -246,16 +358,17 @@ class Resolvent:
         fresh = not self._pairs.count and not self._at_once
         if self._at_once and self.products - spent + self._at_once <= self.max_steps:
             x, r = self._shortly(x, r, goal)
-        moved, taken = True, 0
+        if fresh:
+            self._course = []
+        moved = True
         while moved and self.products - spent < self.max_steps:
             left = torch.linalg.vector_norm(r, dim=-1) / goal
             running = left > 1
-            if fresh and taken == 2:
-                self._after_two = left.amax().clamp(min=1.0)
+            if fresh:
+                self._course.append(left.amax())
             if not running.any():
                 break
             x, r, moved = self._enlarge(x, r, running)
-            taken += 1
         return x, r
 
     def _shortly(self, x: Tensor, r: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,34 +378,44 @@ class Resolvent:
             return x, r
         if self._pairs.count:
             x, r, _ = self._enlarge(x, r, running)
-            if (torch.linalg.vector_norm(r, dim=-1) / goal).amax() <= self._after_two:
+            two = self._course[:3][-1].clamp(min=1.0)
+            if (torch.linalg.vector_norm(r, dim=-1) / goal).amax() <= two:
                 return x, r  # one step from the pairs leaves no more than two from nothing
             self._pairs.clear()
             count -= 1
         self._steps += count
-        return self._powers.reduce(x, r, count, self._times, goal)
+        one = self._powers.reduce(x[None], r[None], count, self._times, goal[None])
+        return one[0][0], one[1][0]
 
     def _enlarge(self, x: Tensor, r: Tensor, running: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Take one step of (G1) in the samples `running`."""
         p, size_r = r, torch.linalg.vector_norm(r, dim=-1)
         for _ in range(2):
-            self._steps += 1
-            q = p - self._times(p)
-            with full_precision(q):
-                p, q, size, before = self._pairs.orthogonalise(p, q)
-            usable = running & (size > 1e2 * torch.finfo(q.dtype).eps * before)
-            inverse = torch.where(usable, 1 / size, 0.0)[:, None]
-            q, p = q * inverse, p * inverse
-            step = torch.linalg.vecdot(q, r)[:, None]
-            self._pairs.add(p, q)
+            p, q, usable = self._next_pair(p, running)
+            step = torch.where(running, torch.linalg.vecdot(q, r), 0.0)[:, None]
             x, r_next = torch.addcmul(x, step, p), torch.addcmul(r, step, q, value=-1)
             size_next = torch.linalg.vector_norm(r_next, dim=-1)
             falls = size_next < 0.999 * size_r
             r, size_r = r_next, size_next
-            if falls.any() or not usable.any():
+            moved = bool((usable & running).any())
+            if falls.any() or not moved:
                 break
             p = q  # r is orthogonal to (I - L) r: go on from the last direction instead
-        return x, r, bool(usable.any())
+        return x, r, moved
+
+    def _next_pair(self, p: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the pair of a direction p, zero where it is none; return it and where it is one."""
+        self._steps += 1
+        q = p - self._times(p)
+        with full_precision(q):
+            p, q, size, before = self._pairs.orthogonalise(p, q)
+        # Where nobody asks for it p may be all rounding, and most of that lie in earlier pairs.
+        lost = torch.where(running, 1e2 * torch.finfo(q.dtype).eps, _OWN)
+        usable = size > lost * before
+        inverse = torch.where(usable, 1 / size, 0.0)[:, None]
+        p, q = p * inverse, q * inverse
+        self._pairs.add(p, q)
+        return p, q, usable
 
     def _solve_together(self, right: Tensor, x: Tensor, spent: int, tol: float) -> LinearSolution:
         """Solve for the whole batch as one sample, for its samples depend on each other."""
@@ -313,15 +436,17 @@ class Resolvent:
 
     def _inverse_norm(self, right: Tensor) -> Tensor:
         """Return a bound of ||(I - L)^-1|| on the span of the q, which the p span as its image."""
-        of_powers = self._powers.bound
-        least = torch.ones_like(right[:, 0]) if of_powers is None else of_powers
+        least, of_powers = torch.ones_like(right[..., 0]), self._powers.bound
+        if of_powers is not None:
+            least = of_powers.mT.view(least.shape)
         if not self._pairs.count:
             return least
         P = self._pairs.p
         # ||P||_2^2 is at most the largest row sum of |P P'|: no eigenvalues, which can fail.
         with full_precision(P):
             gram = P @ P.mT
-        return torch.maximum(gram.abs().sum(-1).amax(-1).sqrt(), least)
+        of_pairs = gram.abs().sum(-1).amax(-1).sqrt()
+        return torch.maximum(of_pairs.view(-1, *[1] * (least.dim() - 1)), least)
 
     def _further(self, r: Tensor) -> Tensor:
         """Return about ||(I - L)^-1 r||: some terms of the series, and the tail by their ratio."""
@@ -354,16 +479,29 @@ class Resolvent:
             residual <= reach, int(FixedPointResult.CONVERGED), int(FixedPointResult.MAX_STEPS)
         )
         result = result.masked_fill(~residual.isfinite(), int(FixedPointResult.NON_FINITE))
-        lost = not_finite(x.flatten(1))
+        lost = not_finite(x)
         if lost is not None:
-            result = result.masked_fill(lost, int(FixedPointResult.NON_FINITE))
+            result = result.masked_fill(lost.any(-1), int(FixedPointResult.NON_FINITE))
         return LinearSolution(x, result, torch.full_like(result, products), residual, error)
+
+
+def _leading(r: Tensor, weights: Tensor) -> Tensor:
+    """Return p (batch, n) of (G4), from residuals r (batch, k, n) and what they count for."""
+    gram = (r @ r.mT) * weights[..., None] * weights[:, None]
+    for _ in range(_SQUARINGS):
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+        gram = gram / trace.clamp(min=least_norm(r))
+        gram = gram @ gram
+    largest = gram.diagonal(dim1=-2, dim2=-1).argmax(-1)[:, None, None]
+    w = gram.take_along_dim(largest, 1)[:, 0].nan_to_num(0.0)
+    return torch.bmm((w * weights)[:, None], r)[:, 0]
 
 
 def _side_by_side(parts: Sequence[LinearSolution]) -> LinearSolution:
     """Return the solution of all right sides from those of each, `(batch, 1, n)`."""
     return LinearSolution(
-        torch.cat([p.value for p in parts], 1),
+        # One right side after the other in memory, as they are used.
+        torch.cat([p.value.transpose(0, 1) for p in parts]).transpose(0, 1),
         torch.stack([p.result for p in parts]).amax(0),
         torch.stack([p.evaluations for p in parts]).sum(0),
         torch.stack([p.residual for p in parts]).amax(0),

@@ -154,7 +154,7 @@ class Rows:
                 "samples have no gradient. Call model.eval(), or take route='krylov'."
             )
         plan = _Plan(at)
-        found = plan.pieces([at.cotangents(c, tol) for c in cotangents])
+        found = plan.pieces(at.cotangents_of_each(cotangents, tol))
         outer = {key: Outer.of(use, found.pop(key)) for key, use in plan.alone.items()}
         chained = plan.derived.chain(found)
         parts: list[Part] = []

@@ -6,14 +6,18 @@ J is never formed. Products with J' and J are one implicit differentiation each;
 also brings the cotangents from which every sample's rows of J are made (`rows`).
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from deqlqr.controls import Controls
 from deqlqr.deq import layers_of
 from deqlqr.uses import Use, Uses
+
+_TOGETHER = 16  # cotangents whose adjoint solves are done, and kept, at a time
 
 
 class Sensitivity:
@@ -46,7 +50,7 @@ class Sensitivity:
         self.outputs = self._y.detach().to(torch.promote_types(self._y.dtype, torch.float32))
         self.uses: list[Use] = recorder.found
         self.mixing = recorder.mixing
-        self._refused, self._precision = recorder.refused, recorder.precision
+        self._refused, self._cut, self._pins = recorder.refused, recorder.cut, recorder.pins
         self._pulled: tuple[Tensor, Tensor] | None = None
 
     def pull(self, c: Tensor) -> Tensor:
@@ -73,21 +77,63 @@ class Sensitivity:
         Raises:
             ValueError: If the model uses a parameter in a way that has no gradient of samples.
         """
+        return self.cotangents_of_each([c], tol)[0]
+
+    def cotangents_of_each(
+        self, cs: Sequence[Tensor], tol: float | None = None
+    ) -> list[list[Tensor | None]]:
+        """Return `cotangents` of each c; every DEQ layer solves for several of them together."""
         if self._refused is not None:
             raise ValueError(self._refused)
-        edges = [use.edge for use in self.uses]
-        self._precision.tol = tol
+        found: list[list[Tensor | None]] = []
+        self._cut.on = True
         try:
-            found = torch.autograd.grad(
-                self._y, edges, c.to(self._y.dtype), retain_graph=True, allow_unused=True
-            )
+            for begin in range(0, len(cs), _TOGETHER):
+                found += self._pulled_through(cs[begin : begin + _TOGETHER], tol)
         finally:
-            self._precision.tol = None
+            self._cut.on = False
+        return [self._for_uses(row) for row in found]
+
+    def _pulled_through(self, cs: Sequence[Tensor], tol: float | None) -> list[list[Tensor | None]]:
+        """Return what comes to the uses and pins: from the outputs, then from the last pin, ..."""
+        ends = [*(use.edge for use in self.uses), *(edge for edge, _ in self._pins)]
+        total = [_pulled(self._y, ends, c.to(self._y.dtype)) for c in cs]
+        for place in reversed(range(len(self.uses), len(ends))):
+            met = [row[place] for row in total]
+            like = next((g for g in met if g is not None), None)
+            if like is None:
+                continue
+            pin = self._pins[place - len(self.uses)][1]
+            given = [torch.zeros_like(like) if g is None else g for g in met]
+            for row, lam in zip(total, pin.costates(given, tol), strict=True):
+                row[:place] = _sums(row[:place], _pulled(pin.fz, ends[:place], lam))
+        return total
+
+    def _for_uses(self, found: Sequence[Tensor | None]) -> list[Tensor | None]:
         kept: dict[tuple, Tensor] = {}  # what is one tensor stays one: its uses belong together
         result: list[Tensor | None] = []
-        for use, g in zip(self.uses, found, strict=True):
+        for use, g in zip(self.uses, found, strict=False):
             if g is not None and g.dtype != use.operand.dtype:
                 key = g.data_ptr(), g.shape, g.stride(), use.operand.dtype
                 g = kept.setdefault(key, g.to(use.operand.dtype))
             result.append(g)
         return result
+
+
+def _pulled(y: Tensor, ends: Sequence[GradientEdge], c: Tensor) -> list[Tensor | None]:
+    return list(torch.autograd.grad(y, ends, c, retain_graph=True, allow_unused=True))
+
+
+def _sums(gs: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the sums of two lists; what is one tensor in both stays one."""
+    kept: dict[tuple, Tensor] = {}
+    found: list[Tensor | None] = []
+    for g, h in zip(gs, others, strict=True):
+        if g is None or h is None:
+            found.append(g if h is None else h)
+            continue
+        key = tuple((v.data_ptr(), v.shape, v.stride()) for v in (g, h))
+        if key not in kept:
+            kept[key] = g + h
+        found.append(kept[key])
+    return found

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -263,17 +263,30 @@ def _tensors_in(*values: Any) -> list[Tensor]:
     return found
 
 
+class Pin(Protocol):
+    """A DEQ layer at its fixed point.
+
+    Attributes:
+        fz: f(z*), in the graph, flat.
+    """
+
+    fz: Tensor
+
+    def costates(self, cotangents: Sequence[Tensor], tol: float | None) -> Sequence[Tensor]:
+        """Return the cotangents of f for those of z*, all (batch, n)."""
+
+
 @dataclass
-class Precision:
-    """How well adjoint solves are to be done, for now.
+class Cut:
+    """Whether cotangents end at the outputs of DEQ layers, for now.
 
     Kept apart from `Uses`, which holds the graph: the graph's own nodes look here.
 
     Attributes:
-        tol: Relative residual; `None` takes the layers'.
+        on: They do.
     """
 
-    tol: float | None = None
+    on: bool = False
 
 
 class Uses(TorchFunctionMode):
@@ -284,7 +297,9 @@ class Uses(TorchFunctionMode):
         mixing: Name of an operation that mixes the samples of a batch, if one was met.
         refused: Why single samples have no gradient, if an operation was met that has none.
         paused: Record nothing for now.
-        precision: Of the adjoint solves of what is recorded.
+        cut: Of the DEQ layers that are recorded.
+        pins: The DEQ layers met, in the order of the forward pass, and where in the graph the
+            cotangent of each is read.
     """
 
     def __init__(self, batch: int) -> None:
@@ -294,7 +309,8 @@ class Uses(TorchFunctionMode):
         self.mixing: str | None = None
         self.refused: str | None = None
         self.paused = False
-        self.precision = Precision()
+        self.cut = Cut()
+        self.pins: list[tuple[GradientEdge, Pin]] = []
         self._data: dict[int, weakref.ref[Tensor]] = {}
 
     @contextmanager

@@ -14,6 +14,7 @@ from deqlqr import (
     Resolvent,
 )
 from deqlqr.powers import Powers
+from deqlqr.resolvent import _leading
 
 from .problems import randn, relative
 
@@ -149,6 +150,118 @@ def test_what_is_not_done_at_once_is_finished_step_by_step():
     assert found.converged.tolist() == [True, True, False, True, True]
     assert found.result[2] == FixedPointResult.NON_FINITE
     assert relative(found.value[good], exact(L, hard)[good]) < 1e-7
+
+
+def spread(size, n=100, batch=6):
+    """L (batch, n, n), of norm `size`, among them zero and nilpotent ones."""
+    L = randn(batch, n, n)
+    L = size * L / torch.linalg.matrix_norm(L, 2)[:, None, None]
+    L[1] = 0.0
+    L[2] = size * torch.eye(n)
+    L[3] = torch.diag_embed(torch.full((n - 1,), size).double(), 1)
+    return L
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("size", [0.02, 0.05])
+def test_right_sides_are_solved_together(dtype, tol, size, warm):
+    L, calls = spread(size), []
+    product = product_with(L.to(dtype), calls)
+    c = randn(6, 9, 100, seed=1).to(dtype)
+    c[5] *= 1e-6
+    c[4, 3] = 0.0
+    c[0, 7] = c[0, 1]  # depend on each other
+    c[0, 8] = c[0, 1] - 2 * c[0, 2]
+    start = 0.9 * exact_each(L, c.double()).to(dtype) if warm else None
+    kept = c.clone()
+    found = Resolvent(product, tol=tol, max_steps=50, dense=False).solve(c, start)
+    spent = len(calls)
+    assert (found.evaluations == spent).all() and torch.equal(c, kept)
+    x = found.value.double()
+    r = c.double() + torch.einsum("bij,bkj->bki", L, x) - x
+    true = r.norm(dim=-1) / c.double().norm(dim=-1).clamp(min=1e-30)
+    assert found.converged.all() and (true <= 1.1 * tol).all()
+    assert ((true.amax(-1) - found.residual).abs() <= 0.1 * tol).all()
+    errors = (x - exact_each(L, c.double())).norm(dim=-1)
+    assert (errors <= 1.1 * (found.error[:, None] + 0.1 * tol) * x.norm(dim=-1)).all()
+    calls.clear()
+    for k in range(9):
+        alone = Resolvent(product, tol=tol, max_steps=50, dense=False)
+        alone.solve(c[:, k], None if start is None else start[:, k])
+    assert spent < 0.9 * len(calls)
+
+
+def exact_each(L, c):
+    return torch.linalg.solve(torch.eye(L.shape[-1], dtype=L.dtype) - L, c.mT).mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_common_steps_go_where_most_of_the_residuals_lies(dtype, size):
+    r, weights = randn(7, 5, 30), randn(7, 5, seed=1).abs() + 0.1
+    r[:, 3] += 4 * r[:, 1]
+    r[2], r[4, 1:] = 0.0, 0.0
+    p = _leading((size * r).to(dtype), (weights / size).to(dtype)).double()
+    assert torch.equal(p[2], torch.zeros(30).double())
+    right = torch.linalg.svd(weights[..., None] * r)[2][:, 0]
+    for s in (0, 1, 3, 4, 5, 6):
+        assert abs(float(p[s] @ right[s])) > 0.99 * float(p[s].norm()) > 0
+
+
+def test_together_no_power_is_taken_where_pairs_do():
+    L, V = low_rank([0.9, 0.5, -0.5], 90)
+    calls, c = [], (V @ randn(5, 3, 12, seed=1)).mT
+    found = Resolvent(product_with(L, calls), tol=1e-8, max_steps=50, dense=False).solve(c)
+    assert found.converged.all() and relative(found.value, exact_each(L, c)) < 1e-7
+    assert len(calls) == 4  # three directions, and one to see that it is true
+
+
+def test_what_is_not_solved_together_is_solved_alone():
+    # The first right side is easy, so no more is expected of the others, which are not.
+    L, calls = contraction(n=100, rho=0.6), []
+    product = product_with(L, calls)
+    vector = torch.linalg.eigh(L @ L.mT)[1][..., :1].mT  # L' takes it nearly to zero
+    c = torch.cat([vector - (L @ vector.mT).mT, randn(5, 3, 100)], 1)
+    c[:, 0] += 1e-7 * randn(5, 100, seed=3)
+    found = Resolvent(product, tol=1e-8, max_steps=99, dense=False).solve(c)
+    assert found.converged.all() and relative(found.value, exact_each(L, c)) < 1e-6
+    bad = c.clone()
+    bad[2, 1, 0] = float("nan")
+    found = Resolvent(product, tol=1e-8, max_steps=99, dense=False).solve(bad)
+    assert found.converged.tolist() == [True, True, False, True, True]
+    assert found.result[2] == FixedPointResult.NON_FINITE
+    good = [0, 1, 3, 4]
+    assert relative(found.value[good], exact_each(L, c)[good]) < 1e-6
+    few = Resolvent(product, tol=1e-8, max_steps=2, dense=False).solve(c)
+    assert not few.converged.any() and (few.result == FixedPointResult.MAX_STEPS).all()
+
+
+def test_samples_that_depend_on_each_other_are_noticed_when_solved_together():
+    L = randn(1, 400, 400)
+    L = 0.05 * L / torch.linalg.matrix_norm(L, 2)
+    calls = []
+    mixed = product_with(L, calls)
+    product = lambda v: mixed(v.reshape(1, 400)).view(4, 100)
+    c = randn(4, 6, 100, seed=1)
+    found = Resolvent(product, tol=1e-8, max_steps=60, dense=False).solve(c)
+    joint = exact(L.expand(6, 400, 400), c.transpose(0, 1).reshape(6, 400))
+    assert found.converged.all()
+    assert relative(found.value.transpose(0, 1).reshape(6, 400), joint) < 1e-7
+
+
+def test_rounding_that_wears_the_residuals_of_many_is_noticed():
+    # A product that is not linear in its last digits: what the recursions say is not true.
+    L = spread(0.1)
+    product = lambda v: (
+        product_with(L)(v) + 3e-7 * v.norm(dim=-1, keepdim=True) * torch.sin(1e3 * v)
+    )
+    c = randn(6, 5, 100, seed=1)
+    found = Resolvent(product, tol=1e-7, max_steps=30, dense=False).solve(c)
+    for k in range(5):
+        x = found.value[:, k]
+        true = (c[:, k] + product(x) - x).norm(dim=-1) / c[:, k].norm(dim=-1)
+        assert (found.residual[found.converged] >= 0.5 * true[found.converged]).all()
 
 
 def low_rank(eigenvalues, n, seed=0):

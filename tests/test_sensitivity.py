@@ -7,11 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deqlqr import DEQ, Controls, DenseBlock, ImplicitNGD, Neumann
+from deqlqr import (
+    DEQ,
+    Controls,
+    ConvergenceError,
+    DenseBlock,
+    Implicit,
+    ImplicitNGD,
+    Neumann,
+    Resolvent,
+)
 from deqlqr.batch import Batch, require_independent
 from deqlqr.loss import make_loss
 from deqlqr.rows import Outer, Rows
 from deqlqr.sensitivity import Sensitivity
+from deqlqr.sites import Sites
 
 from .problems import Cell, conv_batch, conv_model, dense_batch, dense_model, exact, randn, relative
 
@@ -84,7 +94,30 @@ def rescaled_model():
     return model
 
 
+class Around(nn.Module):
+    """DEQ layers with other ways beside them, one after the other, and one called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.gate, self.head = nn.Linear(6, 70), nn.Linear(6, 70), nn.Linear(70, 3)
+        self.first = DEQ(DenseBlock(70, gain=0.1))
+        self.second = DEQ(DenseBlock(70, gain=0.05))
+        self.third = DEQ(DenseBlock(5, 70))
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = self.encoder(x) + self.gate(x)
+        z = self.second(h + torch.tanh(self.first(h)))
+        return self.head(z + h) + self.last(self.third(self.first(z))) * h[:, :3]
+
+
+def around_model():
+    torch.manual_seed(0)
+    return Around()
+
+
 CASES = {
+    "ways beside the layers": (around_model, dense_batch),
     "dense": (dense_model, dense_batch),
     "conv": (conv_model, conv_batch),
     "wide": (wide_model, dense_batch),
@@ -130,6 +163,56 @@ def test_products_and_rows_are_those_of_the_jacobian(name):
         )
         < 1e-9
     )
+
+
+def test_every_layer_solves_for_many_cotangents_together(monkeypatch):
+    solved, solve = [], Resolvent.solve
+    monkeypatch.setattr(
+        Resolvent, "solve",
+        lambda self, right, *rest: solved.append(tuple(right.shape)) or solve(self, right, *rest),
+    )  # fmt: skip
+    model, x = exact(around_model()), dense_batch()[0].double()
+    at = Sensitivity(model, Controls(model), x)
+    cs = list(randn(20, *at.outputs.shape, seed=1))
+    one_by_one = [at.cotangents(c) for c in cs]
+    assert len(solved) == 80
+    solved.clear()
+    together = at.cotangents_of_each(cs)
+    rights = sorted((k, n) for _, k, n in solved)
+    assert rights == [(4, 5), *[(4, 70)] * 3, (16, 5), *[(16, 70)] * 3]
+    for gs, others in zip(one_by_one, together, strict=True):
+        assert [g is None for g in gs] == [g is None for g in others]
+        for g, other in zip(gs, others, strict=True):
+            assert g is None or relative(other, g) < 1e-9
+    # Layers whose results are added are known by their one cotangent, whatever ways lead to it.
+    sites = Sites(at, together[0])
+    assert "encoder.weight+gate.weight+encoder.bias+gate.bias" in sites.layers
+
+
+@pytest.mark.parametrize("backward", ["lqr", "neumann", "implicit"])
+def test_cotangents_of_each_take_the_layers_own_backward(backward):
+    model, x = exact(dense_model()), dense_batch()[0].double()
+    model[1].backward = backward
+    controls = Controls(model)
+    at, y = Sensitivity(model, controls, x), model(x)
+    found = Rows.of(at, list(torch.eye(y.shape[1]).double()[:, None].expand(-1, *y.shape)))
+    for j in range(y.shape[1]):
+        grads = torch.autograd.grad(y[:, j].sum(), controls.parameters, retain_graph=True)
+        expected = controls.flatten(dict(zip(controls.names, grads, strict=True)))
+        assert relative(found.dense()[:, j].sum(0), expected) < 1e-9
+
+
+def test_after_rows_the_layers_pull_back_as_ever():
+    model, x = exact(around_model()), dense_batch()[0].double()
+    at = Sensitivity(model, Controls(model), x)
+    c = randn(*at.outputs.shape, seed=1)
+    before = at.pull(c)
+    model.first.backward = Implicit(method="krylov", max_steps=1, tol=1e-14)
+    with pytest.raises(ConvergenceError):
+        Sensitivity(model, at.controls, x).cotangents(c)
+    assert torch.equal(at.pull(c), before) or relative(at.pull(c), before) < 1e-9
+    at.cotangents_of_each([c, 2 * c])
+    assert relative(at.pull(c), before) < 1e-9
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
