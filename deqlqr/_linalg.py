@@ -1,6 +1,6 @@
 """Small pieces of linear algebra on batches of matrices, shared by the solvers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -44,14 +44,22 @@ def not_finite(x: Tensor) -> Tensor | None:
     return bad if bad.any() else None
 
 
-def gram(W: Tensor) -> Tensor:
-    """Return W W' for W (i, j): on the CPU little more than its lower half is computed."""
-    n = len(W)
-    if W.device.type != "cpu" or n < _BLOCKS:
-        return W @ W.mT
-    found, ends = W.new_empty(n, n), [n * k // 8 for k in range(9)]
+def gram(parts: Sequence[Tensor]) -> Tensor:
+    """Return W W' for W = [W_1 W_2 ...], each (i, j): on the CPU little more than its lower half.
+
+    The upper half is a copy.
+    """
+    first, *rest = parts
+    n = len(first)
+    if first.device.type != "cpu" or n < _BLOCKS:
+        products = [W @ W.mT for W in parts]
+        return sum(products[1:], products[0])
+    found, ends = first.new_empty(n, n), [n * k // 8 for k in range(9)]
     for begin, end in pairwise(ends):
-        torch.mm(W[begin:end], W[:end].mT, out=found[begin:end, :end])
+        below = found[begin:end, :end]
+        torch.mm(first[begin:end], first[:end].mT, out=below)
+        for W in rest:
+            below.addmm_(W[begin:end], W[:end].mT)
         found[:begin, begin:end] = found[begin:end, :begin].mT
     return found
 

@@ -204,7 +204,7 @@ class Rows:
         narrow = [W for W in plain if W.shape[1] < _NARROW]
         wide = [W for W in plain if W.shape[1] >= _NARROW]
         joined = [torch.cat(narrow, dim=1)] if narrow else []
-        terms += [gram(W) for W in (*wide, *joined)]
+        terms += [gram([*wide, *joined])] if plain else []
         return sum(terms[1:], terms[0])
 
     def times(self, v: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Tests for `deqlqr/_linalg.py`."""
 
 import pytest
+import torch
 
 from deqlqr._linalg import gram, not_finite
 
@@ -10,10 +11,12 @@ from .problems import randn, relative
 @pytest.mark.parametrize("rows", [0, 1, 255, 256, 301])
 def test_the_product_of_a_matrix_with_its_transpose(rows):
     W = randn(rows, 40)
-    assert gram(W).shape == (rows, rows)
-    assert rows == 0 or relative(gram(W), W @ W.mT) < 1e-14
+    assert gram([W]).shape == (rows, rows)
+    assert rows == 0 or relative(gram([W]), W @ W.mT) < 1e-14
+    both = torch.cat([W, V := randn(rows, 7, seed=1)], 1)
+    assert rows == 0 or relative(gram([W, V]), both @ both.mT) < 1e-14
     wide = randn(40, 600).mT
-    assert relative(gram(wide), wide @ wide.mT) < 1e-14
+    assert relative(gram([wide]), wide @ wide.mT) < 1e-14
 
 
 def test_rows_that_are_not_finite_are_found():
