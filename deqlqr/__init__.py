@@ -33,6 +33,7 @@ from deqlqr.hamiltonian import Classical, Integrator, Relativistic
 from deqlqr.hamiltonian_descent import HamiltonianDescent, OuterMomentum
 from deqlqr.input_cost import InputCost
 from deqlqr.layer_inverse import NeumannInverse, Phase
+from deqlqr.linear_solution import LinearSolution
 from deqlqr.linearize import linearize
 from deqlqr.lqr import LQR
 from deqlqr.monitor import Monitor, Observation, jacobian_penalty, jacobian_radius
@@ -41,7 +42,7 @@ from deqlqr.msa import MSA, MSAReport
 from deqlqr.newton_krylov import NewtonKrylov
 from deqlqr.optim import ImplicitNGD, StepReport
 from deqlqr.random_fields import ControlledODE, RandomFieldBlock, RandomFields
-from deqlqr.resolvent import LinearSolution, Resolvent
+from deqlqr.resolvent import Resolvent
 from deqlqr.riccati import DareSolution, solve_dare
 from deqlqr.routes import Cyclic, Dare, Kronecker, Krylov, Output, Riccati, Route, Sampled
 from deqlqr.runge_kutta import (

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from deqlqr._checks import Options, at_least, choice, count
 from deqlqr._linalg import identity_like
+from deqlqr.linear_solution import LinearSolution
 from deqlqr.lqr import LQR
-from deqlqr.resolvent import LinearSolution, Product, Resolvent, matrix_of
+from deqlqr.resolvent import Product, Resolvent, matrix_of
 from deqlqr.solution import ConvergenceError, FixedPointResult
 from deqlqr.steady_state import steady_state
 

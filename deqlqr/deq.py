@@ -22,8 +22,9 @@ from deqlqr.adjoint import Adjoint, Implicit, make_adjoint
 from deqlqr.call import Call
 from deqlqr.equilibrium import equilibrium, pullback_at
 from deqlqr.fixed_point import make_solver
+from deqlqr.linear_solution import LinearSolution
 from deqlqr.pinned import pinned
-from deqlqr.resolvent import LinearSolution, Resolvent
+from deqlqr.resolvent import Resolvent
 from deqlqr.solution import ConvergenceError
 from deqlqr.solver import FixedPointSolution, Solver
 from deqlqr.state import StateShape

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from deqlqr._linalg import least_norm
+
 MOST_PAIRS = 60  # kept; then the oldest give way
+_SQUARINGS = 5  # of a Gram matrix, for its leading vector
 
 
 class Pairs:
@@ -68,5 +71,18 @@ class Pairs:
 
     def left(self, r: Tensor) -> Tensor:
         """Return the norms (batch, k) of what `reduce` would leave of r (batch, k, n)."""
-        share = torch.bmm(r, self.q.mT)
-        return (r.square().sum(-1) - share.square().sum(-1)).clamp(min=0.0).sqrt()
+        size = lambda v: torch.linalg.vector_norm(v, dim=-1)
+        whole, share = size(r), size(torch.bmm(r, self.q.mT))
+        return ((whole - share) * (whole + share)).clamp(min=0.0).sqrt()
+
+
+def leading(r: Tensor, weights: Tensor) -> Tensor:
+    """Return p (batch, n) of (G4), from residuals r (batch, k, n) and what they count for."""
+    gram = (r @ r.mT) * weights[..., None] * weights[:, None]
+    for _ in range(_SQUARINGS):
+        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+        gram = gram / trace.clamp(min=least_norm(r))
+        gram = gram @ gram
+    largest = gram.diagonal(dim1=-2, dim2=-1).argmax(-1)[:, None, None]
+    w = gram.take_along_dim(largest, 1)[:, 0].nan_to_num(0.0)
+    return torch.bmm((w * weights)[:, None], r)[:, 0]

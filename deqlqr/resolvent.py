@@ -31,8 +31,8 @@ space of (G3) Y. Saad, M. H. Schultz (1986), GMRES, SIAM J. Sci. Stat. Comput. 7
 doi:10.1137/0907058.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,11 +44,10 @@ from deqlqr._linalg import (
     least_norm,
     lu_factor,
     norm,
-    not_finite,
 )
-from deqlqr.pairs import MOST_PAIRS, Pairs
+from deqlqr.linear_solution import LinearSolution, certified, side_by_side
+from deqlqr.pairs import MOST_PAIRS, Pairs, leading
 from deqlqr.powers import Powers
-from deqlqr.solution import ConvergenceError, FixedPointResult, describe_failures
 
 Product = Callable[[Tensor], Tensor]
 
@@ -57,48 +56,10 @@ _TRIED = 2  # solves that need more, after which pairs are kept no longer, if st
 _WORTH = 0.95  # pairs at hand stay if they lower a residual to this share
 _OWN = 0.5  # of a direction that no sample asked for: what earlier pairs must leave of it
 _NEAR = 4.0  # times the goal: residuals that some common steps bring there
-_SQUARINGS = 5  # of a Gram matrix, for its leading vector
 _DIGITS = 1e-2  # what normal equations may leave of the digits
 _DRIFT = 0.1  # of the tolerance: how far the recursion's residual may be from the true one
 _REFINEMENTS = 3  # times the residual is formed anew
 _FURTHER = 8  # products after a failure, to see how the error goes on
-
-
-@dataclass(frozen=True)
-class LinearSolution:
-    """x = c + L x per sample, with its certificate.
-
-    Attributes:
-        value: x, `(batch, n)`, or `(batch, k, n)` for k right sides.
-        result: A `FixedPointResult` code per sample, `(batch,)`.
-        evaluations: Products with L, `(batch,)`.
-        residual: `||c + L x - x|| / ||c||`, the largest of the right sides, `(batch,)`.
-        error: (G2) over `||x||`, the same: a bound of the relative error where I - L was
-            factorised, else an estimate of it; inf where nothing can be said.
-    """
-
-    value: Tensor
-    result: Tensor
-    evaluations: Tensor
-    residual: Tensor
-    error: Tensor
-
-    @property
-    def converged(self) -> Tensor:
-        """Boolean per sample, shape `(batch,)`."""
-        return self.result == FixedPointResult.CONVERGED
-
-    def raise_if_failed(self, what: str = "linear solve") -> "LinearSolution":
-        """Return `self`, or raise naming the samples that failed.
-
-        Raises:
-            ConvergenceError: If any sample did not converge.
-        """
-        message = describe_failures(self.result, FixedPointResult, what)
-        if message is not None:
-            worst = float(self.error.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
-            raise ConvergenceError(f"{message} Relative error up to {worst:.1e}.", self)
-        return self
 
 
 def matrix_of(product: Product, like: Tensor) -> Tensor:
@@ -170,7 +131,7 @@ class Resolvent:
         x = lu.solve(rights.mT).mT
         # By a product, not by L: it shows a map that mixes the samples of the batch.
         r = self._residuals(rights, x)
-        return self._certified(rights, x, r, size[:, None], self.products - spent, tol)
+        return certified(rights, x, r, size[:, None], self.products - spent, tol)
 
     def _residuals(self, rights: Tensor, x: Tensor) -> Tensor:
         sides = range(rights.shape[1])
@@ -183,7 +144,7 @@ class Resolvent:
         if found is None or not found.converged.all():
             start = lambda i: None if starts is None else starts[:, i]
             parts = [self._solve_krylov(rights[:, i], start(i), tol) for i in range(count)]
-            found = parts[0] if count == 1 else _side_by_side(parts)
+            found = parts[0] if count == 1 else side_by_side(parts)
         return replace(found, evaluations=torch.full_like(found.result, self.products - spent))
 
     def _solve_jointly(
@@ -208,8 +169,8 @@ class Resolvent:
         # What is true of these is true of the first: its pairs are in them.
         if not self._is_true(c, x, r, weights, bound):
             return None
-        parts.append(self._certified(c, x, r, bound, self.products - spent, tol))
-        return _side_by_side(parts)
+        parts.append(certified(c, x, r, bound, self.products - spent, tol))
+        return side_by_side(parts)
 
     def _lowered_together(
         self, x: Tensor | None, r: Tensor, weights: Tensor
@@ -233,7 +194,7 @@ class Resolvent:
             if not running.any():
                 break
             with full_precision(r):
-                p = _leading(r, weights)
+                p = leading(r, weights)
             self._next_pair(p, running)
             with full_precision(r):
                 x, r = self._pairs.reduce(x, r, last=1)
@@ -325,7 +286,7 @@ class Resolvent:
             unseen = size > 2 * torch.linalg.vector_norm(r, dim=-1) + 2 * goal
             if len(right) > 1 and unseen.any() and self.products - spent < self.max_steps:
                 return self._solve_together(right, x, spent, tol)
-        found = self._certified(
+        found = certified(
             right[:, None], x[:, None], true[:, None], bound[:, None], self.products - spent, tol
         )
         if found.converged.all():
@@ -459,51 +420,3 @@ class Resolvent:
         ratio = (sizes[-1] / sizes[-4]) ** (1 / 3)
         tail = torch.where(ratio < 1, sizes[-1] * ratio / (1 - ratio), float("inf"))
         return torch.linalg.vector_norm(total, dim=-1) + tail
-
-    def _certified(
-        self,
-        rights: Tensor,
-        x: Tensor,
-        r: Tensor,
-        inverse_norm: Tensor,
-        products: int,
-        tol: float,
-    ) -> LinearSolution:
-        size = lambda v: torch.linalg.vector_norm(v, dim=-1)
-        least, size_r = least_norm(x), size(r)
-        residual = (size_r / size(rights).clamp(min=least)).amax(-1)
-        error = (inverse_norm * size_r / size(x).clamp(min=least)).amax(-1)
-        # Rounding alone leaves what it leaves, however small tol is.
-        reach = max(2 * tol, 1e2 * torch.finfo(x.dtype).eps)
-        result = torch.where(
-            residual <= reach, int(FixedPointResult.CONVERGED), int(FixedPointResult.MAX_STEPS)
-        )
-        result = result.masked_fill(~residual.isfinite(), int(FixedPointResult.NON_FINITE))
-        lost = not_finite(x)
-        if lost is not None:
-            result = result.masked_fill(lost.any(-1), int(FixedPointResult.NON_FINITE))
-        return LinearSolution(x, result, torch.full_like(result, products), residual, error)
-
-
-def _leading(r: Tensor, weights: Tensor) -> Tensor:
-    """Return p (batch, n) of (G4), from residuals r (batch, k, n) and what they count for."""
-    gram = (r @ r.mT) * weights[..., None] * weights[:, None]
-    for _ in range(_SQUARINGS):
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-        gram = gram / trace.clamp(min=least_norm(r))
-        gram = gram @ gram
-    largest = gram.diagonal(dim1=-2, dim2=-1).argmax(-1)[:, None, None]
-    w = gram.take_along_dim(largest, 1)[:, 0].nan_to_num(0.0)
-    return torch.bmm((w * weights)[:, None], r)[:, 0]
-
-
-def _side_by_side(parts: Sequence[LinearSolution]) -> LinearSolution:
-    """Return the solution of all right sides from those of each, `(batch, 1, n)`."""
-    return LinearSolution(
-        # One right side after the other in memory, as they are used.
-        torch.cat([p.value.transpose(0, 1) for p in parts]).transpose(0, 1),
-        torch.stack([p.result for p in parts]).amax(0),
-        torch.stack([p.evaluations for p in parts]).sum(0),
-        torch.stack([p.residual for p in parts]).amax(0),
-        torch.stack([p.error for p in parts]).amax(0),
-    )

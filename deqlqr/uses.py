@@ -28,7 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-_CACHED = 2**17  # numbers that stay in a CPU's cache while they are copied and used
+_CACHED = 2**18  # numbers that stay in a CPU's cache while they are copied and used
 
 
 @dataclass(frozen=True)
@@ -124,27 +124,25 @@ class Conv2d(Factored):
 
     def rows_of_each(self, gs: Sequence[Tensor]) -> Tensor:
         """Return g a' of each g, summed over positions: the pixels are copied once for all."""
-        if _pair(self.stride) != (1, 1):
-            outer = _joined(gs, 1).flatten(2) @ self.inputs()
-            return outer.reshape(len(gs[0]), len(gs), *self.operand.shape)
-        # At stride 1 what an entry of the kernel sees is the image, moved: of rows laid end to end
-        # one run, if g has zeros where it runs over the margin. That is copied fast.
-        (high, wide), (down, right) = self.operand.shape[2:], _pair(self.dilation)
-        above, beside = _pair(self.padding)
-        a = F.pad(self.a.to(self.operand.dtype), (beside, beside, above, above))
-        width, reach = a.shape[3], right * (wide - 1)
-        a = F.pad(a.flatten(2), (0, reach)).contiguous()
-        g = _joined_above(gs, reach).flatten(2)
-        size = a.shape[1], high, wide, g.shape[2]
-        strides = a.stride(0), a.stride(1), down * width, right, 1
+        (high, wide), strides = self.operand.shape[2:], _pair(self.stride)
+        dilations, (above, beside) = _pair(self.dilation), _pair(self.padding)
+        a = F.pad(self.a.to(self.operand.dtype), (beside, beside, above, above)).contiguous()
+        g = _joined(gs, 1)
+        windows = a.shape[1], high, wide, *g.shape[2:]
+        moves = (
+            step * a.stride(d)
+            for steps in (dilations, strides)
+            for d, step in zip((2, 3), steps, strict=True)
+        )
+        seen = a.as_strided((len(a), *windows), (a.stride(0), a.stride(1), *moves))
         outer = g.new_empty(*g.shape[:2], a.shape[1] * high * wide)
         # Some samples at a time, for what is copied stays in a CPU's cache then.
-        step = len(a) if a.is_cuda else max(1, _CACHED // math.prod(size))
-        room = a.new_empty(min(step, len(a)), *size)
-        for start in range(0, len(a), step):
-            part = slice(start, start + step)
-            seen = room[: len(a[part])].copy_(a[part].as_strided((len(a[part]), *size), strides))
-            torch.bmm(g[part], seen.flatten(1, 3).mT, out=outer[part])
+        count = len(a) if a.is_cuda else max(1, _CACHED // math.prod(windows))
+        room = a.new_empty(min(count, len(a)), *windows)
+        for start in range(0, len(a), count):
+            part = slice(start, start + count)
+            pixels = room[: len(a[part])].copy_(seen[part]).flatten(4).flatten(1, 3)
+            torch.bmm(g[part].flatten(2), pixels.mT, out=outer[part])
         return outer.reshape(len(a), len(gs), *self.operand.shape)
 
 
@@ -185,7 +183,12 @@ class Scale(Use):
 
     def rows(self, g: Tensor) -> Tensor:
         """Return the sum over positions of g times the normalised input."""
-        return _summed(g * self.normalised().to(g.dtype), self.operand, self.axis)
+        return self.rows_of_each([g])[:, 0]
+
+    def rows_of_each(self, gs: Sequence[Tensor]) -> Tensor:
+        """Return these sums for each g: the input is normalised once for all."""
+        a = self.normalised().to(gs[0].dtype)
+        return torch.stack([_summed(g * a, self.operand, self.axis) for g in gs], dim=1)
 
 
 @dataclass(frozen=True)
@@ -211,17 +214,6 @@ class Copied(Use):
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
     """Return tensors side by side; one alone without a copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
-
-
-def _joined_above(gs: Sequence[Tensor], reach: int) -> Tensor:
-    """Return images (batch, out, h, w) over each other, with zeros at the end of every row."""
-    first = gs[0]
-    batch, out, high, wide = first.shape
-    joined = first.new_empty(batch, len(gs) * out, high, wide + reach)
-    joined[..., wide:] = 0.0
-    for k, g in enumerate(gs):
-        joined[:, k * out : (k + 1) * out, :, :wide] = g
-    return joined
 
 
 def _pair(option: Any) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from deqlqr import (
     Neumann,
     Resolvent,
 )
+from deqlqr.pairs import leading
 from deqlqr.powers import Powers
-from deqlqr.resolvent import _leading
 
 from .problems import randn, relative
 
@@ -202,7 +202,7 @@ def test_common_steps_go_where_most_of_the_residuals_lies(dtype, size):
     r, weights = randn(7, 5, 30), randn(7, 5, seed=1).abs() + 0.1
     r[:, 3] += 4 * r[:, 1]
     r[2], r[4, 1:] = 0.0, 0.0
-    p = _leading((size * r).to(dtype), (weights / size).to(dtype)).double()
+    p = leading((size * r).to(dtype), (weights / size).to(dtype)).double()
     assert torch.equal(p[2], torch.zeros(30).double())
     right = torch.linalg.svd(weights[..., None] * r)[2][:, 0]
     for s in (0, 1, 3, 4, 5, 6):
