@@ -86,18 +86,14 @@ class Sensitivity:
         if self._refused is not None:
             raise ValueError(self._refused)
         found: list[list[Tensor | None]] = []
-        self._cut.on = True
-        try:
-            for begin in range(0, len(cs), _TOGETHER):
-                found += self._pulled_through(cs[begin : begin + _TOGETHER], tol)
-        finally:
-            self._cut.on = False
+        for begin in range(0, len(cs), _TOGETHER):
+            found += self._pulled_through(cs[begin : begin + _TOGETHER], tol)
         return [self._for_uses(row) for row in found]
 
     def _pulled_through(self, cs: Sequence[Tensor], tol: float | None) -> list[list[Tensor | None]]:
         """Return what comes to the uses and pins: from the outputs, then from the last pin, ..."""
         ends = [*(use.edge for use in self.uses), *(edge for edge, _ in self._pins)]
-        total = [_pulled(self._y, ends, c.to(self._y.dtype)) for c in cs]
+        total = [self._brought(self._y, ends, c.to(self._y.dtype)) for c in cs]
         for place in reversed(range(len(self.uses), len(ends))):
             met = [row[place] for row in total]
             like = next((g for g in met if g is not None), None)
@@ -106,8 +102,16 @@ class Sensitivity:
             pin = self._pins[place - len(self.uses)][1]
             given = [torch.zeros_like(like) if g is None else g for g in met]
             for row, lam in zip(total, pin.costates(given, tol), strict=True):
-                row[:place] = _sums(row[:place], _pulled(pin.fz, ends[:place], lam))
+                row[:place] = _sums(row[:place], self._brought(pin.fz, ends[:place], lam))
         return total
+
+    def _brought(self, y: Tensor, ends: Sequence[GradientEdge], c: Tensor) -> list[Tensor | None]:
+        """Return what comes to the ends without passing through a DEQ layer."""
+        self._cut.on = True
+        try:
+            return list(torch.autograd.grad(y, ends, c, retain_graph=True, allow_unused=True))
+        finally:
+            self._cut.on = False
 
     def _for_uses(self, found: Sequence[Tensor | None]) -> list[Tensor | None]:
         kept: dict[tuple, Tensor] = {}  # what is one tensor stays one: its uses belong together
@@ -118,10 +122,6 @@ class Sensitivity:
                 g = kept.setdefault(key, g.to(use.operand.dtype))
             result.append(g)
         return result
-
-
-def _pulled(y: Tensor, ends: Sequence[GradientEdge], c: Tensor) -> list[Tensor | None]:
-    return list(torch.autograd.grad(y, ends, c, retain_graph=True, allow_unused=True))
 
 
 def _sums(gs: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list[Tensor | None]:

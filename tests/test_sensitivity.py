@@ -116,7 +116,24 @@ def around_model():
     return Around()
 
 
+class Nested(nn.Module):
+    """A block whose value is itself the fixed point of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.mix = DEQ(DenseBlock(70, gain=0.3)), nn.Linear(70, 70)
+
+    def forward(self, z, x):
+        return 0.5 * torch.tanh(self.inner(0.3 * self.mix(z) + x))
+
+
+def nested_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 70), DEQ(Nested()), nn.Linear(70, 3))
+
+
 CASES = {
+    "a layer in a layer": (nested_model, dense_batch),
     "ways beside the layers": (around_model, dense_batch),
     "dense": (dense_model, dense_batch),
     "conv": (conv_model, conv_batch),
