@@ -1,16 +1,21 @@
 """`deqlqr bench ddp`: what the feedback of DDP adds to the time of its base optimiser's step."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
 
+from deqlqr.batch import Batch
 from deqlqr.ddp import DDP
 from deqlqr.ddp_base import EKFAC, SGD, Base, RMSprop
+from deqlqr.ddp_forward import Rules
+from deqlqr.sensitivity import Sensitivity
 
 _ROUNDS = 6  # after one that warms up
 _STEPS = 10  # a round, of which each is timed by itself; one has a look at the metric of EKFAC
@@ -34,6 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Where EKFAC and DDP on it pass forward: what they linearise, the check and the roll-out.
+_FORWARD: tuple[tuple[type, str], ...] = (
+    (Sensitivity, "__init__"), (Batch, "loss_now"), (Rules, "searched"),
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DDPRow:
     """One kind of step on one network.
@@ -45,6 +56,7 @@ class DDPRow:
         base: The base optimiser.
         seconds: Time of its step.
         over: Time of the step with feedback over that, for each of `VARIANTS`.
+        backward: The same of the steps less their forward passes, with EKFAC.
     """
 
     batch: int
@@ -53,6 +65,7 @@ class DDPRow:
     base: str
     seconds: float
     over: dict[str, float]
+    backward: dict[str, float]
 
 
 def bench_ddp(
@@ -77,10 +90,11 @@ def bench_ddp(
         with threadpool_limits(1):
             for size in sizes:
                 for base in bases:
-                    seconds = _times(*size, base)
-                    plain = seconds.pop("")
-                    over = {name: spent / plain for name, spent in seconds.items()}
-                    yield DDPRow(*size, base, plain, over)
+                    whole, backward = _times(*size, base)
+                    plain = whole[""]
+                    if not base.startswith("ekfac"):
+                        backward = {}
+                    yield DDPRow(*size, base, plain, _over(whole), _over(backward))
     finally:
         torch.set_num_threads(threads)
 
@@ -94,24 +108,61 @@ def table(rows: Iterable[DDPRow]) -> Iterable[str]:
         yield f"{r.batch:5} {r.width:5} {r.depth:5}  {r.base:<16}{1e3 * r.seconds:8.2f}" + "".join(
             f"{r.over[name]:8.2f}x" for name in VARIANTS
         )
+        if r.backward:
+            yield f"{'':17}  {'  backward':<16}{'':8}" + "".join(
+                f"{r.backward[name]:8.2f}x" for name in VARIANTS
+            )
     yield "ms: of the base's step. The others: the step with feedback over it."
+    yield "backward: both without their forward passes (linearised, roll-out, check of the loss)."
 
 
-def _times(batch: int, width: int, depth: int, base: str) -> dict[str, float]:
-    """Return the seconds of the base's step, "", and of each variant."""
+def _over(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: spent / seconds[""] for name, spent in seconds.items() if name}
+
+
+def _times(
+    batch: int, width: int, depth: int, base: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the seconds of the base's step, "", and of each variant, whole and backward."""
     steps = {
         name: _step(batch, width, depth, base, options)
         for name, options in {"": {"feedback": False}, **VARIANTS}.items()
     }
-    least = {name: [float("inf")] * _STEPS for name in steps}
-    for round_ in range(_ROUNDS + 1):
-        for j in range(_STEPS):
-            for name, step in steps.items():
-                begin = time.process_time()
-                step()
-                if round_:
-                    least[name][j] = min(least[name][j], time.process_time() - begin)
-    return {name: sum(spent) / _STEPS for name, spent in least.items()}
+    whole = {name: [float("inf")] * _STEPS for name in steps}
+    backward = {name: [float("inf")] * _STEPS for name in steps}
+    with _forward_timed() as forward:
+        for round_ in range(_ROUNDS + 1):
+            for j in range(_STEPS):
+                for name, step in steps.items():
+                    forward.clear()
+                    begin = time.process_time()
+                    step()
+                    spent = time.process_time() - begin
+                    if round_:
+                        whole[name][j] = min(whole[name][j], spent)
+                        backward[name][j] = min(backward[name][j], spent - sum(forward))
+    mean = lambda seconds: {name: sum(each) / _STEPS for name, each in seconds.items()}
+    return mean(whole), mean(backward)
+
+
+@contextmanager
+def _forward_timed() -> Generator[list[float], None, None]:
+    """Within this context the seconds of every forward pass of `_FORWARD` are put into a list."""
+    seconds: list[float] = []
+
+    def timed(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            begin = time.process_time()
+            found = run(*args, **options)
+            seconds.append(time.process_time() - begin)
+            return found
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in _FORWARD:
+            stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
+        yield seconds
 
 
 def _step(

@@ -54,6 +54,8 @@ from deqlqr.solution import ConvergenceError
 logger = logging.getLogger("deqlqr")
 
 Coupling = Literal["batch", "sample"]
+_FEW_LAYERS = 10  # up to which S is applied, not formed
+_FEW_OUTPUTS = 100  # of a batch: a matrix of that size costs next to nothing
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,9 @@ class DDP(torch.optim.Optimizer):
             V_XX keeps the blocks of single samples only, an approximation at a fraction of the
             cost. Full DDP always couples.
         fisher: `"exact"`: all of Lambda. `"sampled"`: one random output cotangent c for each
-            sample, E[c c'] = Lambda: a backward pass and batch in place of batch x outputs. Full
-            DDP is always exact.
+            sample, E[c c'] = Lambda: a backward pass and batch in place of batch x outputs.
+            `"auto"` is exact but where that takes many times as long: more than 10 layers with
+            parameters, coupled, and batch x outputs above 100. Full DDP is always exact.
         divergence: Gives Lambda; `None` takes the one that matches the loss, whose Lambda is the
             Hessian of the loss in the outputs.
         line_search: Halve `length` until the cost falls by 1e-4 of what was promised.
@@ -156,7 +159,7 @@ class DDP(torch.optim.Optimizer):
         state_damping: float = 0.0,
         weight_decay: float = 0.0,
         coupling: Coupling = "batch",
-        fisher: Fisher = "exact",
+        fisher: Fisher | Literal["auto"] = "auto",
         divergence: DivergenceLike | None = None,
         line_search: bool = False,
         adaptive: bool = False,
@@ -177,7 +180,7 @@ class DDP(torch.optim.Optimizer):
             )
         self.divergence = found
         self.coupling: Coupling = choice("coupling", coupling, ("batch", "sample"))
-        self.fisher: Fisher = choice("fisher", fisher, ("exact", "sampled"))
+        self.fisher = choice("fisher", fisher, ("auto", "exact", "sampled"))
         self.line_search, self.adaptive = bool(line_search), bool(adaptive)
         damped = not _first_order(self.base)
         if adaptive and not damped:
@@ -412,15 +415,20 @@ class DDP(torch.optim.Optimizer):
                 second_order=self.base.second_order, feedback=self.feedback,
             )  # fmt: skip
         assert self._running is not None  # noqa: S101
+        layers = sum(map(bool, at.network.own))
+        columns = lambda y: self._cotangents(y, layers)
         return based_policy(
-            at, self._running, self._cotangents, before, factor, mu=mu, weight_decay=decay,
+            at, self._running, columns, before, factor, mu=mu, weight_decay=decay,
             whole=self.coupling == "batch", measured=self.adaptive,
         )  # fmt: skip
 
-    def _cotangents(self, y: Tensor) -> list[Tensor]:
+    def _cotangents(self, y: Tensor, layers: int) -> list[Tensor]:
         """Return the columns of C_T (DD3), or a random one, for outputs y."""
-        if self.fisher == "exact":
-            return list((self.divergence.root(y) / len(y) ** 0.5).unbind(-1))  # (DD3)
+        if self.fisher != "sampled":
+            root = self.divergence.root(y) / len(y) ** 0.5
+            few = layers <= _FEW_LAYERS or len(y) * root.shape[-1] <= _FEW_OUTPUTS
+            if self.fisher == "exact" or self.coupling == "sample" or few:
+                return list(root.unbind(-1))  # (DD3)
         seed = (self.seed * 1_000_003 + self.param_groups[0]["step"]) % 2**63
         generator = torch.Generator(y.device).manual_seed(seed)
         return [self.divergence.sample(y, generator) / len(y) ** 0.5]

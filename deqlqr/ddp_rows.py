@@ -5,6 +5,10 @@ A layer that is one weight W, used once on vectors, and perhaps its bias has the
 Other layers' rows are kept parameter by parameter, and vectors of their parameters are flat.
 
     (DD2)  N = G'D G,   N_(sc)(s'c') = sum_ij g_sci g_s'c'i a_sj a_s'j d_ij   for a diagonal D
+
+Where d_ij is one number, the sums over i and j part, and N is the product of two small Gram
+matrices, entry by entry. In the basis of a damped Kronecker-factored metric it is one number, to
+rounding, in all columns j but a few: 1 / damping.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +17,9 @@ import torch
 from torch import Tensor
 
 from deqlqr.rows import Outer, Part, Plain, Rows
+
+_LARGE = 8e6  # products of numbers in (DD2), from which a look at d is worth its time
+_ROUNDING = 8  # units by which numbers that are taken for one may differ
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,14 @@ class Affine:
             whole: Between all samples, `(1, batch r, batch r)`; else within each, `(batch, r, r)`.
         """
         a, g, (batch, r, out) = self.a, self.g, self.g.shape
+        if whole and d.dim() and batch**2 * self.size > _LARGE:
+            number = d.amax()
+            equal = d.amin(0) >= (1 - _ROUNDING * torch.finfo(d.dtype).eps) * number
+            same, others = equal.nonzero()[:, 0], (~equal).nonzero()[:, 0]
+            if len(same) > len(others):
+                N = replace(self, a=a[:, same]).gram(number, whole)
+                few = replace(self, a=a[:, others])
+                return N + few.gram(d[:, others], whole) if len(others) else N
         if not whole and d.dim() == 0:
             return (g * (d * a.square().sum(-1))[:, None, None]) @ g.mT
         if not whole:

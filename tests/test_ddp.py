@@ -31,7 +31,7 @@ from deqlqr.ddp_rows import Affine
 from deqlqr.ddp_value import Applied, Formed, regularised
 from deqlqr.ddp_value import less as reduced
 
-from .problems import randn
+from .problems import randn, relative
 
 CLASSES = 3
 
@@ -383,7 +383,7 @@ def test_with_the_exact_inverse_a_variants_recursion_is_that_of_full_ddp() -> No
     dense, full = Augmented(model, x, y), DDP(model, base="full", damping=0.1).policy(x, y)
     opt = DDP(model, base="sgd")
     at = opt._linearized(x, y)
-    rows, C = at.rows(opt._cotangents)
+    rows, C = at.rows(lambda y: opt._cotangents(y, 1))
 
     class Exact(Diagonal):
         """(Q_uu + 0.1 I)^-1, found from K = -D Q_uX of full DDP's own V_XX."""
@@ -539,6 +539,33 @@ def test_what_is_applied_bounds_the_eigenvalues_of_n_from_above() -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("others", [0, 2, 7, 11])
+def test_columns_whose_diagonal_is_one_number_are_done_together(
+    dtype: torch.dtype, r: int, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, g = randn(6, 11), randn(6, r, 8, seed=1)
+    d = torch.full((8, 11), 3.0).double()
+    d = d * (1 - torch.finfo(dtype).eps * randn(8, 11, seed=2).abs().clamp(max=4))  # by rounding
+    some = torch.arange(11)[3 : 3 + others]
+    d[:, some] *= randn(8, len(some), seed=3).sigmoid()
+    G = torch.einsum("sci,sj->scij", g, a).flatten(2).flatten(0, 1)
+    expected = (G * d.flatten()) @ G.mT
+    used = []
+    gram = Affine.gram
+    monkeypatch.setattr(
+        Affine, "gram", lambda self, d, whole: used.append(d.dim()) or gram(self, d, whole)
+    )
+    rows = Affine(a.to(dtype), g.to(dtype), g[:, 0].to(dtype), 0, False, False)
+    for large in (0.0, 1e9):
+        monkeypatch.setattr("deqlqr.ddp_rows._LARGE", large)
+        used.clear()
+        found = rows.gram(d.to(dtype), True)[0].double()
+        assert relative(found, expected) < 20 * torch.finfo(dtype).eps
+        assert (0 in used) == (large == 0.0 and len(some) < 6)
+
+
 def test_s_is_formed_where_it_is_small_or_the_layers_are_many() -> None:
     def rows(batch: int, r: int, width: int) -> Affine:
         a, g = torch.zeros(batch, width + 1), torch.zeros(batch, r, width)
@@ -576,6 +603,26 @@ def test_the_state_damping_of_a_variant_is_a_cost_of_what_the_outputs_see() -> N
         torch.testing.assert_close(found.gains[t].dense(), -lr * Q_uX)
         CC = F_X.mT @ CC @ F_X
         V_XX = F_X.mT @ V_XX @ F_X - lr * Q_uX.mT @ Q_uX + mu * CC
+
+
+@pytest.mark.parametrize(
+    "layers, samples, coupling, taken",
+    [(10, 60, "batch", "exact"), (11, 50, "batch", "exact"), (11, 51, "batch", "sampled"),
+     (11, 51, "sample", "exact")],
+)  # fmt: skip
+def test_the_policy_is_exact_but_where_that_costs_many_times_as_much(
+    layers, samples, coupling, taken
+):
+    torch.manual_seed(0)
+    inner = [part for _ in range(layers - 1) for part in (nn.Linear(4, 4), nn.Tanh())]
+    model = nn.Sequential(*inner, nn.Linear(4, 3)).double()  # the root of Lambda has two columns
+    x, y = randn(samples, 4), torch.arange(samples) % 3
+    gain = lambda **fisher: (
+        DDP(model, base="sgd", lr=0.3, coupling=coupling, **fisher).policy(x, y).gains[-1].dense()
+    )
+    other = "sampled" if taken == "exact" else "exact"
+    assert torch.equal(gain(), gain(fisher=taken))
+    assert not torch.equal(gain(), gain(fisher=other))
 
 
 def test_without_coupling_one_sample_has_the_same_policy_and_several_another() -> None:
@@ -927,4 +974,10 @@ def test_the_benchmark_has_a_row_for_each_network_and_base(
     ]  # fmt: skip
     assert all(row.seconds > 0 and set(row.over) == set(VARIANTS) for row in found)
     lines = list(table(found))
-    assert len(lines) == 4 and all("x" in line for line in lines[1:3])
+    assert all(
+        set(row.backward) == (set(VARIANTS) if row.base == "ekfac" else set()) for row in found
+    )
+    assert all(
+        0 < share < row.over[name] * 5 for row in found for name, share in row.backward.items()
+    )
+    assert len(lines) == 6 and all("x" in line for line in lines[1:4])
