@@ -37,7 +37,8 @@ def pinned(call: Call, uses: Uses) -> Any:
     fz = call.direct(z)
     pin = _Pin(call, z, fz, uses.cut)
     fixed = _AtFixedPoint.apply(fz, pin)
-    uses.pins.append((get_gradient_edge(fixed), pin))
+    if fixed.requires_grad:
+        uses.pins.append((get_gradient_edge(fixed), pin))
     return call.shape.unflatten(fixed)
 
 

@@ -31,7 +31,7 @@ space of (G3) Y. Saad, M. H. Schultz (1986), GMRES, SIAM J. Sci. Stat. Comput. 7
 doi:10.1137/0907058.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -58,6 +58,8 @@ _OWN = 0.5  # of a direction that no sample asked for: what earlier pairs must l
 _NEAR = 4.0  # times the goal: residuals that some common steps bring there
 _DIGITS = 1e-2  # what normal equations may leave of the digits
 _DRIFT = 0.1  # of the tolerance: how far the recursion's residual may be from the true one
+_GOLDEN = 0.6180339887498949  # whose multiples differ most, less their whole parts
+_SAID = 0.1  # of a right side's size: what a sum of several must have to speak for them
 _REFINEMENTS = 3  # times the residual is formed anew
 _FURTHER = 8  # products after a failure, to see how the error goes on
 
@@ -90,6 +92,9 @@ class Resolvent:
         self._powers = Powers()
         self._at_once = 0  # powers of L that should do for this right side
         self._course: list[Tensor] = []  # of that solve: the largest residuals over the goal
+        self._of = tol  # the tolerance of that solve
+        self._together = True  # no attempt to solve for several has failed
+        self._first: tuple[Tensor, Tensor, Tensor] | None = None  # c, x, r of an unchecked solve
         self._bound = torch.empty(0)  # of ||(I - L)^-1||, at the last right side
 
     def solve(
@@ -151,9 +156,10 @@ class Resolvent:
         self, rights: Tensor, starts: Tensor | None, tol: float
     ) -> LinearSolution | None:
         """Solve by (G4) where solves are short, which the first right side shows; else `None`."""
-        if tol != self.tol or rights.shape[-1] <= MOST_PAIRS:
+        if tol != self.tol or rights.shape[-1] <= MOST_PAIRS or not self._together:
             return None
         parts: list[LinearSolution] = []
+        self._first = None
         if not self._alone:
             start = None if starts is None else starts[:, 0]
             parts.append(self._solve_krylov(rights[:, 0], start, tol, checked=False))
@@ -162,15 +168,19 @@ class Resolvent:
         spent, done = self.products, len(parts)
         c, x = rights[:, done:], None if starts is None else starts[:, done:]
         r = c if x is None else self._residuals(c, x)
-        weights = 1 / (tol * torch.linalg.vector_norm(c, dim=-1).clamp(min=least_norm(c)))
-        x, r = self._lowered_together(x, r, weights)
+        x, r = self._lowered_together(x, r, self._weights(c, tol))
         bound = self._inverse_norm(c)
         self._bound = bound.amax(-1)
-        # What is true of these is true of the first: its pairs are in them.
-        if not self._is_true(c, x, r, weights, bound):
-            return None
-        parts.append(certified(c, x, r, bound, self.products - spent, tol))
-        return side_by_side(parts)
+        found = certified(c, x, r, bound, self.products - spent, tol)
+        several = [(c, x, r), *([] if self._first is None else [self._first])]
+        self._together = bool(found.converged.all()) and self._are_true(several, bound, tol)
+        self._first = None
+        return side_by_side([*parts, found]) if self._together else None
+
+    @staticmethod
+    def _weights(rights: Tensor, tol: float) -> Tensor:
+        """Return 1 / (tol ||c||) of right sides (batch, k, n)."""
+        return 1 / (tol * torch.linalg.vector_norm(rights, dim=-1).clamp(min=least_norm(rights)))
 
     def _lowered_together(
         self, x: Tensor | None, r: Tensor, weights: Tensor
@@ -202,7 +212,7 @@ class Resolvent:
 
     def _is_short(self, right: Tensor, tol: float) -> bool:
         """Return whether solves of right sides (batch, n) are known to take few products."""
-        if right.shape[1] <= MOST_PAIRS or tol != self.tol:
+        if right.shape[1] <= MOST_PAIRS or tol != self._of:
             return False
         if not 1 < self._alone <= min(Powers.most(right.dtype), self.max_steps):
             return False
@@ -217,20 +227,39 @@ class Resolvent:
         done = ((course >= left).sum() - 1).clamp(min=0)
         return max(0, int(torch.where(left > _NEAR, (course > _NEAR).sum() - done, 0)))
 
-    def _is_true(
-        self, rights: Tensor, x: Tensor, r: Tensor, weights: Tensor, bound: Tensor
+    def _are_true(
+        self, several: Sequence[tuple[Tensor, Tensor, Tensor]], bound: Tensor, tol: float
     ) -> bool:
-        """Return whether the recursions' r are the residuals of x, by one product at most."""
-        goal = 1 / weights
-        if self._is_exact(bound, rights, goal):
-            return True
-        total = lambda v: torch.bmm(weights[:, None], v)[:, 0]
-        with full_precision(r):
-            c, y, least = total(rights), total(x), total(r)
-        drift = torch.linalg.vector_norm(c + self._times(y) - y - least, dim=-1)
-        if not (drift <= _DRIFT * rights.shape[1] ** 0.5).all():
+        """Return whether the recursions' r are the residuals of x, by one product at most.
+
+        Args:
+            several: Right sides c, x and r, each (batch, k, n).
+            bound: Of ||(I - L)^-1|| at the first of them.
+            tol: Relative residual.
+        """
+        rights = several[0][0]
+        if self._proven and len(several) == 1:
+            size = torch.linalg.vector_norm(rights, dim=-1)
+            if self._is_exact(bound, rights, tol * size.clamp(min=least_norm(rights))):
+                return True
+        count, totals = 0, [torch.zeros_like(rights[:, 0]) for _ in range(3)]
+        asked = torch.zeros_like(rights[:, 0, 0], dtype=torch.bool)
+        with full_precision(rights):
+            for part in several:
+                # Unequal shares: right sides that cancel in a plain sum do not in this.
+                number = torch.arange(1, part[0].shape[1] + 1, device=rights.device) + count
+                share = self._weights(part[0], tol) * (0.5 + (number * _GOLDEN) % 1.0)
+                count += part[0].shape[1]
+                asked |= (part[0] != 0).flatten(1).any(-1)
+                for total, v in zip(totals, part, strict=True):
+                    total += torch.bmm(share[:, None].to(v.dtype), v)[:, 0]
+        c, x, r = totals
+        said = tol * torch.linalg.vector_norm(c, dim=-1) >= _SAID
+        drift = torch.linalg.vector_norm(c + self._times(x) - x - r, dim=-1)
+        if not ((drift <= _DRIFT * count**0.5) & (said | ~asked)).all():
             return False
-        self._trust()
+        if said.any():
+            self._trust()
         return True
 
     def _trust(self) -> None:
@@ -250,12 +279,13 @@ class Resolvent:
         found = self._solve_once(right, start, tol, checked)
         if worn and not found.converged.all():
             self._pairs.clear()
+            worn, spent = False, self._steps
             found = self._solve_once(right, start, tol, checked)
-        elif worn:
+        if worn:
             helped = self._steps - spent <= _HELP * self._alone
             self._unhelpful = 0 if helped else self._unhelpful + 1
         else:
-            self._alone = self._steps - spent
+            self._alone, self._of = self._steps - spent, tol
         return found
 
     def _solve_once(
@@ -269,15 +299,16 @@ class Resolvent:
         for again in range(_REFINEMENTS):
             x, r = self._reduced(x, true, goal, spent)
             self._bound = bound = self._inverse_norm(right)
+            few = self._pairs.count <= min(2 * self._proven, MOST_PAIRS - 1)
             trusted = not checked or (
-                self._proven and (rough or self._is_exact(bound, right, goal))
+                self._proven and (rough and few or self._is_exact(bound, right, goal))
             )
             if trusted:
                 true = r
                 break
             true = right + self._times(x) - x
             drift = torch.linalg.vector_norm(true - r, dim=-1)
-            if not again and (drift <= _DRIFT * goal).all():
+            if not again and (drift <= _DRIFT * goal).all() and right.any():
                 self._trust()
             size = torch.linalg.vector_norm(true, dim=-1)
             if (size <= 2 * goal).all() or self.products - spent >= self.max_steps:
@@ -286,6 +317,8 @@ class Resolvent:
             unseen = size > 2 * torch.linalg.vector_norm(r, dim=-1) + 2 * goal
             if len(right) > 1 and unseen.any() and self.products - spent < self.max_steps:
                 return self._solve_together(right, x, spent, tol)
+        if not checked:
+            self._first = right[:, None], x[:, None], true[:, None]
         found = certified(
             right[:, None], x[:, None], true[:, None], bound[:, None], self.products - spent, tol
         )
@@ -307,6 +340,7 @@ class Resolvent:
 
     def _reduced(self, x: Tensor, r: Tensor, goal: Tensor, spent: int) -> tuple[Tensor, Tensor]:
         """Lower the residual r of x: first by the pairs at hand, then by new ones."""
+        fresh = not self._pairs.count and not self._at_once
         if self._pairs.count:
             with full_precision(r):
                 x_next, r_next = (v[:, 0] for v in self._pairs.reduce(x[:, None], r[:, None]))
@@ -316,7 +350,6 @@ class Resolvent:
                 self._pairs.clear()
             else:
                 x, r = x_next, r_next
-        fresh = not self._pairs.count and not self._at_once
         if self._at_once and self.products - spent + self._at_once <= self.max_steps:
             x, r = self._shortly(x, r, goal)
         if fresh:
@@ -325,7 +358,7 @@ class Resolvent:
         while moved and self.products - spent < self.max_steps:
             left = torch.linalg.vector_norm(r, dim=-1) / goal
             running = left > 1
-            if fresh:
+            if fresh and len(left):
                 self._course.append(left.amax())
             if not running.any():
                 break

@@ -250,6 +250,63 @@ def test_samples_that_depend_on_each_other_are_noticed_when_solved_together():
     assert relative(found.value.transpose(0, 1).reshape(6, 400), joint) < 1e-7
 
 
+@pytest.mark.parametrize("others", [[0.0], [1.0, -1.0], [0.0, 0.0, 0.0]])
+@pytest.mark.parametrize("tol", [1e-5, 1e-6])
+def test_right_sides_that_cancel_do_not_speak_for_each_other(others, tol):
+    # Samples that depend on each other, so that what a solve alone says is not true.
+    W, rates = 0.02 * torch.linalg.qr(randn(100, 100))[0], 0.015 * torch.arange(1, 7).double()
+    product = lambda v: v @ W + rates[: len(v), None] * v.roll(1, 0)
+    first, other = randn(2, 6, 100, seed=1)
+    c = torch.stack([first, *(share * other for share in others)], 1)
+    resolvent = Resolvent(product, tol=tol, max_steps=200, dense=False)
+    for _ in range(2):
+        found = resolvent.solve(c)
+        for k in range(c.shape[1]):
+            x = found.value[:, k]
+            true = (c[:, k] + product(x) - x).norm(dim=-1) / c[:, k].norm(dim=-1).clamp(min=1e-9)
+            # The residual that is reported is the whole batch's then.
+            assert found.converged.all() and (true <= 4 * tol).all()
+
+
+def test_what_was_not_solved_together_is_no_proof_of_anything():
+    # A nilpotent map far from normal: (I - L)^-1 has a norm of some 100.
+    L = torch.zeros(3, 64, 64).double()
+    L[:, :20, 20:40], L[:, 20:40, 40:] = randn(3, 20, 20), randn(3, 20, 24, seed=1)
+    for k in (2, 9, 17):
+        resolvent, c = (
+            Resolvent(product_with(L), tol=1e-8, max_steps=60, dense=False),
+            randn(3, k, 64),
+        )
+        for _ in range(2):
+            found = resolvent.solve(c)
+            x = found.value
+            true = (c + torch.einsum("bij,bkj->bki", L, x) - x).norm(dim=-1) / c.norm(dim=-1)
+            assert found.converged.all() and (true.amax(-1) <= found.residual + 1e-9).all()
+
+
+def test_no_samples_have_an_answer_too():
+    for shape in ((0, 100), (0, 3, 100)):
+        found = Resolvent(lambda v: 0.1 * v, tol=1e-8, max_steps=9, dense=False).solve(
+            torch.zeros(shape)
+        )
+        assert found.value.shape == shape and found.converged.all()
+    layer, x = DEQ(DenseBlock(40, 40)), torch.zeros(0, 40, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == (0, 40)
+
+
+def test_steps_at_one_tolerance_say_nothing_of_another():
+    L = spread(0.05)
+    c = randn(6, 5, 100, seed=1)
+    resolvent = Resolvent(product_with(L), tol=1e-5, max_steps=50, dense=False)
+    for tol in (1e-5, 1e-13, 1e-2, 1e-5, 1e-9):
+        for right in (c, c[:, 0]):
+            found = resolvent.solve(right, tol=tol)
+            expected = exact_each(L, c)
+            expected = expected if right.dim() == 3 else expected[:, 0]
+            assert found.converged.all() and relative(found.value, expected) < 3 * tol
+
+
 def test_rounding_that_wears_the_residuals_of_many_is_noticed():
     # A product that is not linear in its last digits: what the recursions say is not true.
     L = spread(0.1)

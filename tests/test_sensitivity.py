@@ -219,6 +219,23 @@ def test_cotangents_of_each_take_the_layers_own_backward(backward):
         assert relative(found.dense()[:, j].sum(0), expected) < 1e-9
 
 
+def test_a_layer_that_needs_no_gradient_is_none_of_it():
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.deq, self.head = nn.Linear(6, 6), DEQ(Cell(6)), nn.Linear(6, 2)
+
+        def forward(self, x):
+            with torch.no_grad():
+                z = self.deq(self.encoder(x))
+            return self.head(z)
+
+    model, x = exact(Features()), dense_batch()[0].double()
+    at = Sensitivity(model, Controls(model), x)
+    rows = Rows.of(at, [torch.ones_like(at.outputs)]).dense()
+    assert relative(rows[:, 0].sum(0), at.pull(torch.ones_like(at.outputs))) < 1e-12
+
+
 def test_after_rows_the_layers_pull_back_as_ever():
     model, x = exact(around_model()), dense_batch()[0].double()
     at = Sensitivity(model, Controls(model), x)
