@@ -175,7 +175,10 @@ class Resolvent:
         several = [(c, x, r), *([] if self._first is None else [self._first])]
         self._together = bool(found.converged.all()) and self._are_true(several, bound, tol)
         self._first = None
-        return side_by_side([*parts, found]) if self._together else None
+        if not self._together:
+            self._pairs.clear()  # for they may be worn
+            return None
+        return side_by_side([*parts, found])
 
     @staticmethod
     def _weights(rights: Tensor, tol: float) -> Tensor:
