@@ -243,7 +243,8 @@ class Resolvent:
         rights = several[0][0]
         if self._proven and len(several) == 1:
             size = torch.linalg.vector_norm(rights, dim=-1)
-            if self._is_exact(bound, rights, tol * size.clamp(min=least_norm(rights))):
+            goal = tol * size.clamp(min=least_norm(rights))
+            if self._is_exact(bound, rights, goal, self._proven):
                 return True
         count, totals = 0, [torch.zeros_like(rights[:, 0]) for _ in range(3)]
         asked = torch.zeros_like(rights[:, 0, 0], dtype=torch.bool)
@@ -302,10 +303,8 @@ class Resolvent:
         for again in range(_REFINEMENTS):
             x, r = self._reduced(x, true, goal, spent)
             self._bound = bound = self._inverse_norm(right)
-            few = self._pairs.count <= min(2 * self._proven, MOST_PAIRS - 1)
-            trusted = not checked or (
-                self._proven and (rough and few or self._is_exact(bound, right, goal))
-            )
+            most = min(2 * self._proven, MOST_PAIRS - 1) if rough else self._proven
+            trusted = not checked or (self._proven and self._is_exact(bound, right, goal, most))
             if trusted:
                 true = r
                 break
@@ -330,13 +329,14 @@ class Resolvent:
         further = self._further(true) / torch.linalg.vector_norm(x, dim=-1).clamp(min=least_norm(x))
         return replace(found, error=torch.where(found.converged, found.error, further))
 
-    def _is_exact(self, bound: Tensor, right: Tensor, goal: Tensor) -> bool:
+    def _is_exact(self, bound: Tensor, right: Tensor, goal: Tensor, most: int) -> bool:
         """Return whether the recursion's residual is as good as one formed anew.
 
-        It was compared with as many pairs before, and rounding, which grows with the pairs and
-        their p, is far below the tolerance.
+        There are no more pairs than `most`, with as many as which, or half as many for a rough
+        tolerance, it was compared, and rounding, which grows with them and their p, is far below
+        the tolerance.
         """
-        if self._pairs.count > self._proven:
+        if self._pairs.count > most:
             return False
         terms = bound * torch.linalg.vector_norm(right, dim=-1)
         return bool((2 * torch.finfo(right.dtype).eps * terms <= _DRIFT * goal).all())
