@@ -114,6 +114,8 @@ class Resolvent:
         several = right.dim() == 3
         rights = right if several else right[:, None]
         starts = None if start is None else start if several else start[:, None]
+        if starts is not None:  # zero has the answer zero, which nothing else comes near enough to
+            starts = starts.masked_fill((rights == 0).all(-1, keepdim=True), 0.0)
         if self.dense:
             found = self._solve_dense(rights, tol)
         else:
@@ -164,6 +166,7 @@ class Resolvent:
             start = None if starts is None else starts[:, 0]
             parts.append(self._solve_krylov(rights[:, 0], start, tol, checked=False))
         if not self._is_short(rights[:, 0], tol):
+            self._first = None
             return None
         spent, done = self.products, len(parts)
         c, x = rights[:, done:], None if starts is None else starts[:, done:]

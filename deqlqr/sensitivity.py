@@ -107,6 +107,8 @@ class Sensitivity:
 
     def _brought(self, y: Tensor, ends: Sequence[GradientEdge], c: Tensor) -> list[Tensor | None]:
         """Return what comes to the ends without passing through a DEQ layer."""
+        if not ends:
+            return []
         self._cut.on = True
         try:
             return list(torch.autograd.grad(y, ends, c, retain_graph=True, allow_unused=True))

@@ -295,6 +295,21 @@ def test_no_samples_have_an_answer_too():
     assert x.grad.shape == (0, 40)
 
 
+def test_a_start_does_not_keep_zero_from_its_answer():
+    L, start = contraction(n=100, rho=0.3), randn(5, 3, 100)
+    c = randn(5, 3, 100, seed=1)
+    c[2], c[3, 1] = 0.0, 0.0
+    for right, near in ((c, start), (c[:, 1], start[:, 1])):
+        found = Resolvent(product_with(L), tol=1e-10, max_steps=60, dense=False).solve(right, near)
+        assert found.converged.all() and not found.value[2].any()
+    layer, x = DEQ(DenseBlock(70), warm_start=True), randn(3, 70).float().requires_grad_()
+    for zero in (False, True):
+        g = torch.ones(3, 70)
+        g[1] *= not zero
+        (grad,) = torch.autograd.grad(layer(x, key=0), x, g)
+        assert bool(grad[1].any()) is not zero
+
+
 def test_steps_at_one_tolerance_say_nothing_of_another():
     L = spread(0.05)
     c = randn(6, 5, 100, seed=1)
