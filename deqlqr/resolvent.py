@@ -93,7 +93,7 @@ class Resolvent:
         self._at_once = 0  # powers of L that should do for this right side
         self._course: list[Tensor] = []  # of that solve: the largest residuals over the goal
         self._of = tol  # the tolerance of that solve
-        self._together = True  # no attempt to solve for several has failed
+        self._jointly = True  # no attempt to solve for several has failed
         self._first: tuple[Tensor, Tensor, Tensor] | None = None  # c, x, r of an unchecked solve
         self._bound = torch.empty(0)  # of ||(I - L)^-1||, at the last right side
 
@@ -158,7 +158,7 @@ class Resolvent:
         self, rights: Tensor, starts: Tensor | None, tol: float
     ) -> LinearSolution | None:
         """Solve by (G4) where solves are short, which the first right side shows; else `None`."""
-        if tol != self.tol or rights.shape[-1] <= MOST_PAIRS or not self._together:
+        if tol != self.tol or rights.shape[-1] <= MOST_PAIRS or not self._jointly:
             return None
         parts: list[LinearSolution] = []
         self._first = None
@@ -176,9 +176,9 @@ class Resolvent:
         self._bound = bound.amax(-1)
         found = certified(c, x, r, bound, self.products - spent, tol)
         several = [(c, x, r), *([] if self._first is None else [self._first])]
-        self._together = bool(found.converged.all()) and self._are_true(several, bound, tol)
+        self._jointly = bool(found.converged.all()) and self._are_true(several, bound, tol)
         self._first = None
-        if not self._together:
+        if not self._jointly:
             self._pairs.clear()  # for they may be worn
             return None
         return side_by_side([*parts, found])

@@ -82,7 +82,18 @@ class Sensitivity:
     def cotangents_of_each(
         self, cs: Sequence[Tensor], tol: float | None = None
     ) -> list[list[Tensor | None]]:
-        """Return `cotangents` of each c; every DEQ layer solves for several of them together."""
+        """Return `cotangents` of each c; every DEQ layer solves for several of them together (G4).
+
+        Args:
+            cs: Cotangents, each of the shape of the outputs.
+            tol: As in `cotangents`.
+
+        Returns:
+            For each c the g of every use, `(batch, ...)`.
+
+        Raises:
+            ValueError: As in `cotangents`.
+        """
         if self._refused is not None:
             raise ValueError(self._refused)
         found: list[list[Tensor | None]] = []
